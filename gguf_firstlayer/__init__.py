@@ -1,0 +1,10 @@
+"""First-layer precompute for GGUF models (arXiv 2402.13388): tables instead of layer 0's first matrix products."""
+
+from gguf_firstlayer.convert import Conversion, convert
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.inspect import Inspection, inspect
+from gguf_firstlayer.paths import paths
+
+__version__ = "0.1.0"
+
+__all__ = ["Conversion", "FirstLayerError", "Inspection", "convert", "inspect", "paths"]

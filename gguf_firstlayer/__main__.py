@@ -1,0 +1,46 @@
+"""Command line: `python -m gguf_firstlayer VERB`, `gguf-firstlayer VERB`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from gguf_firstlayer import convert, inspect, paths
+from gguf_firstlayer.errors import FirstLayerError
+
+VERBS = {
+    "convert": (sys.modules[convert.__module__], "gguf-firstlayer convert model.gguf"),
+    "inspect": (sys.modules[inspect.__module__], "gguf-firstlayer inspect model-flp.gguf"),
+    "paths": (sys.modules[paths.__module__], "gguf-firstlayer paths --json"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 1 for an error that the message explains, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute for GGUF models.")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (module, example) in VERBS.items():
+        summary = (module.__doc__ or "").split(": ", 1)[1]
+        verb = subparsers.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.main)
+    args = parser.parse_args(argv)
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return int(args.run(args))
+    except FirstLayerError as err:
+        print(f"gguf-firstlayer: {err}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("gguf-firstlayer: interrupted, nothing was written", file=sys.stderr)
+    except MemoryError:
+        print("gguf-firstlayer: out of memory, nothing was written", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`inspect`: what a converted file holds; for a plain model, its sites."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf_firstlayer import tables as tab
+from gguf_firstlayer.convert import size_text, to_json
+from gguf_firstlayer.runtime import Site, analyse
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a GGUF file.
+
+    Attributes:
+        path, architecture, file_bytes: of the file
+        converted: whether it holds tables
+        sites: `tables.Placed` in a converted file, `runtime.Site` in a plain model
+        tables: tables of a converted file
+        elided: weights that a converted file does not hold
+        elidable: weights that a conversion of a plain model would leave out
+        blocker: why a plain model has no site; "" otherwise
+    """
+
+    path: Path
+    architecture: str
+    file_bytes: int
+    converted: bool
+    sites: list[tab.Placed] | list[Site]
+    tables: list[tab.Table]
+    elided: list[tab.Elided]
+    elidable: list[str]
+    blocker: str
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Look into a GGUF file, converted or not.
+
+    Raises:
+        FirstLayerError: it cannot be read, or llama.cpp cannot load it.
+    """
+    path = Path(path)
+    reader = tab.open_gguf(path)
+    architecture, file_bytes = tab.architecture(reader), path.stat().st_size
+    sites, tables, elided = tab.read(reader)
+    if sites:
+        return Inspection(path, architecture, file_bytes, True, sites, tables, elided, [], "")
+    with analyse(path) as analysis:
+        return Inspection(
+            path, architecture, file_bytes, False, list(analysis.sites), [], [], list(analysis.elidable), analysis.blocker
+        )
+
+
+def text(result: Inspection) -> str:
+    """The result as people read it."""
+    state = "converted" if result.converted else "not converted"
+    lines = [f"{result.path}: {result.architecture}, {size_text(result.file_bytes)}, {state}"]
+    if not result.sites:
+        lines.append(f"no sites: {result.blocker}")
+    for table in result.tables:
+        lines.append(f"table {table.name}: {table.type.name.lower()} [{table.width}, {table.rows}], {size_text(table.bytes)}")
+    for site in result.sites:
+        place = f", columns {site.column} to {site.column + site.width - 1} of table {site.table}" if isinstance(site, tab.Placed) else ""
+        lines.append(f"site {site.name}: {site.width} values per token{place}")
+        lines.append(f"    {site.recipe}")
+    for weight in result.elided:
+        shape = "x".join(str(size) for size in weight.shape).removesuffix("x1").removesuffix("x1").removesuffix("x1")
+        lines.append(f"elided {weight.name}: {weight.type.name.lower()} [{shape}], {size_text(weight.bytes)}")
+    for name in result.elidable:
+        lines.append(f"would be elided: {name}")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `inspect`."""
+    parser.add_argument("path", type=Path, metavar="FILE.gguf")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `inspect` from the command line."""
+    result = inspect(args.path)
+    print(to_json(result) if args.json else text(result))
+    return 0

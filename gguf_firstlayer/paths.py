@@ -1,0 +1,67 @@
+"""`paths`: where the libraries and tools of the build are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gguf_firstlayer.errors import FirstLayerError
+
+PACKAGE = Path(__file__).resolve().parent
+
+# name that users know -> executable of llama.cpp
+TOOLS = {
+    "main": "llama-completion",
+    "cli": "llama-cli",
+    "server": "llama-server",
+    "bench": "llama-bench",
+    "batched-bench": "llama-batched-bench",
+    "perplexity": "llama-perplexity",
+    "quantize": "llama-quantize",
+    "gguf-split": "llama-gguf-split",
+    "imatrix": "llama-imatrix",
+    "rpc-server": "ggml-rpc-server",
+}
+
+
+def library_name(name: str) -> str:
+    """File name of a shared library on this platform: `libllama.so`, `libllama.dylib`, `llama.dll`."""
+    if sys.platform == "win32":
+        return f"{name}.dll"
+    return f"lib{name}.dylib" if sys.platform == "darwin" else f"lib{name}.so"
+
+
+def paths() -> dict[str, Path]:
+    """Libraries (`libllama`, `libggml-base`) and tools of the build, by name.
+
+    The installed package is searched first, then the `build` folder of a checkout. Tools that were not built are left out.
+
+    Raises:
+        FirstLayerError: there is no build.
+    """
+    for folder in (PACKAGE / "bin", PACKAGE.parent / "build" / "bin"):
+        if not (folder / library_name("llama")).exists():
+            continue
+        found = {f"lib{name}": folder / library_name(name) for name in ("llama", "ggml-base")}
+        suffix = ".exe" if sys.platform == "win32" else ""
+        found |= {name: folder / (tool + suffix) for name, tool in TOOLS.items() if (folder / (tool + suffix)).exists()}
+        return found
+    raise FirstLayerError("the patched llama.cpp is not built; run scripts/quickstart, or: cmake -B build && cmake --build build")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `paths`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `paths` from the command line."""
+    found = {name: str(path) for name, path in paths().items()}
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, path in found.items():
+            print(f"{name}: {path}")
+    return 0

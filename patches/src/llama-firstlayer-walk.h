@@ -1,0 +1,109 @@
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+class llm_graph_result;
+
+//
+// llama_firstlayer_walk
+//
+
+// Splits a compute graph into what depends on the token ids alone and the rest:
+//
+//   - a constant is computed from model weights only
+//   - a row-pure tensor is computed from token ids and constants, row by row: the row of a token depends on its id only
+//   - everything else (positions, KV cache, masks, LoRA, vector embeddings) is impure
+//
+// A site is a row-pure tensor that holds a matrix product and that an impure node consumes. It can be read from a table.
+struct llama_firstlayer_walk {
+    // where the rows of a site are found
+    struct slot {
+        ggml_tensor * rows;    // F32 [row width, n_tokens]
+        size_t        offset;  // of the site's first value in a row, in bytes
+    };
+
+    using tensor_set = std::unordered_set<const ggml_tensor *>;
+
+    llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights);
+
+    // graph inputs that hold token ids, I32 [n_tokens]
+    const std::vector<ggml_tensor *> & tokens() const { return inp_tokens; }
+
+    // the sites, in graph order; not all of them may be wanted as tables
+    std::vector<ggml_tensor *> sites() const;
+
+    // all row-pure F32 tensors with a matrix product and the given number of values per token
+    std::vector<ggml_tensor *> candidates(const std::unordered_set<int64_t> & widths) const;
+
+    // values per token
+    int64_t width(const ggml_tensor * t) const;
+
+    // position of a row-pure element among the values of its token (column) and among the tokens
+    void locate(const ggml_tensor * t, const int64_t i[GGML_MAX_DIMS], int64_t & token, int64_t & column) const;
+
+    // the expression that computes t, in canonical form; subexpressions that occur repeatedly are labelled `$n:=` once
+    std::string recipe(const ggml_tensor * t) const;
+
+    // all that t is computed from, t included
+    tensor_set ancestors(const ggml_tensor * t) const;
+
+    // the tensors that the graph reads if the ones in `cut` were given
+    tensor_set live(const tensor_set & cut) const;
+
+    // why there is no site: what the first node that leaves the row-pure region mixes in
+    std::string blocker() const;
+
+    // replace sites by rows, in place, and rebuild the graph from what is still live
+    void replace(ggml_context * ctx, ggml_cgraph * gf, const std::unordered_map<ggml_tensor *, slot> & slots) const;
+
+private:
+    enum purity {
+        KIND_IMPURE,
+        KIND_CONSTANT,
+        KIND_PURE,
+    };
+
+    struct info {
+        purity  kind    = KIND_IMPURE;
+        bool    product = false;  // holds a matrix product
+        uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be counted in: that is
+                                  // harmless, and leaving them out would make a batch of one token look different
+        size_t  stride  = 0;      // bytes between tokens if the values of a token lie together in memory, 0 otherwise
+    };
+
+    const info & get(const ggml_tensor * t) const;
+
+    static tensor_set reach(std::vector<const ggml_tensor *> stack, const tensor_set & cut);
+
+    info classify       (const ggml_tensor * t) const;
+    bool classify_pure  (const ggml_tensor * t, info & res) const;
+    bool classify_layout(const ggml_tensor * t, info & res) const;
+
+    bool is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset) const;
+
+    // strides for the rows of a site, and the translation of a layout operation on the site to them
+    void row_strides     (const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const;
+    bool translate_layout(const ggml_tensor * t, const ggml_tensor * site, const size_t site_nb[GGML_MAX_DIMS],
+                          size_t stride, size_t nb[GGML_MAX_DIMS], size_t & offset) const;
+
+    // the site that a row-pure operand of an impure node stands for, nullptr if it is as cheap as a table
+    ggml_tensor * site_of(ggml_tensor * t) const;
+
+    std::string shape(const ggml_tensor * t) const;
+    void        print(const ggml_tensor * t, std::unordered_map<const ggml_tensor *, int> & labels, int & n_labels,
+                      std::string & out) const;
+
+    int64_t n_tokens = 0;
+
+    std::vector<ggml_tensor *> inp_tokens;
+    std::vector<ggml_tensor *> inp_other;  // inputs that must stay in the graph even if nothing reads them
+    std::vector<ggml_tensor *> nodes;      // in graph order
+
+    std::unordered_map<const ggml_tensor *, info> infos;
+};
