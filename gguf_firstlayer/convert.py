@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor
@@ -22,6 +22,9 @@ from tqdm import tqdm
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Analysis, Site, analyse, library
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # of rows in F32, computed before they are written
 CHUNK_BYTES = 32 << 20
@@ -62,7 +65,9 @@ class _Writer(GGUFWriter):
         self.kv_data[0].clear()  # the source has its architecture already
         self.data_alignment = int(reader.alignment)
         self._n_source_keys = int(reader.fields["GGUF.kv_count"].contents())
-        start = sum(part.nbytes for name in ("version", "tensor_count", "kv_count") for part in reader.fields[f"GGUF.{name}"].parts)
+        start = sum(
+            part.nbytes for name in ("version", "tensor_count", "kv_count") for part in reader.fields[f"GGUF.{name}"].parts
+        )
         self._source_keys = reader.data[4 + start : reader.tensors[0].field.offset]
 
     @property
@@ -94,7 +99,7 @@ def fingerprints(reader: GGUFReader, sites: Sequence[Site]) -> dict[str, str]:
 
 
 def _data(reader: GGUFReader, tensor: ReaderTensor) -> memoryview:
-    return memoryview(reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes])
+    return reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes].data
 
 
 def convert(
@@ -145,7 +150,7 @@ def convert(
         free = shutil.disk_usage(output.parent).free
         if needed > free:
             raise FirstLayerError(
-                f"{output.parent} has {size_text(free)} free, the output takes {size_text(needed)}; choose another folder with -o"
+                f"{output.parent} has {size_text(free)} free, the output takes {size_text(needed)}; choose another with -o"
             )
 
         with _replacing(output) as temporary:
@@ -271,8 +276,9 @@ def summary(result: Conversion) -> str:
     names = ", ".join(site.name for site in result.sites)
     eliminated = sum(weight.bytes for weight in result.elided)
     change = result.output_bytes - result.source_bytes
+    table_bytes = sum(table.bytes for table in result.tables)
     lines = [
-        f"{names} of every token now come from {len(result.tables)} table(s) of {size_text(sum(t.bytes for t in result.tables))}.",
+        f"{names} of every token now come from {len(result.tables)} table(s) of {size_text(table_bytes)}.",
         f"eliminated: {len(result.elided)} weights, {size_text(eliminated)}"
         + (f" ({', '.join(weight.name for weight in result.elided)})" if result.elided else " (--keep-weights)"),
         f"file: {size_text(result.source_bytes)} -> {size_text(result.output_bytes)} ({change / result.source_bytes:+.1%})",
@@ -285,7 +291,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `convert`."""
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="the model to convert; it is not modified")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.gguf", help="default: IN-flp.gguf beside IN.gguf")
-    parser.add_argument("--type", default="q8_0", metavar="TYPE", help=f"type of the tables: {', '.join(TYPES)} (default: q8_0)")
+    parser.add_argument(
+        "--type", default="q8_0", metavar="TYPE", help=f"type of the tables: {', '.join(TYPES)} (default: q8_0)"
+    )
     parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -298,7 +306,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def to_json(result: object) -> str:
+def to_json(result: DataclassInstance) -> str:
     """A result as JSON: types by their names, files as strings."""
 
     def encode(value: object) -> object:
@@ -307,5 +315,4 @@ def to_json(result: object) -> str:
     def factory(items: list[tuple[str, object]]) -> dict[str, object]:
         return {key: encode(value) if isinstance(value, GGMLQuantizationType | Path) else value for key, value in items}
 
-    assert dataclasses.is_dataclass(result) and not isinstance(result, type)
     return json.dumps(dataclasses.asdict(result, dict_factory=factory), indent=2)

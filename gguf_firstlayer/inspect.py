@@ -64,7 +64,11 @@ def text(result: Inspection) -> str:
     for table in result.tables:
         lines.append(f"table {table.name}: {table.type.name.lower()} [{table.width}, {table.rows}], {size_text(table.bytes)}")
     for site in result.sites:
-        place = f", columns {site.column} to {site.column + site.width - 1} of table {site.table}" if isinstance(site, tab.Placed) else ""
+        place = (
+            f", columns {site.column} to {site.column + site.width - 1} of table {site.table}"
+            if isinstance(site, tab.Placed)
+            else ""
+        )
         lines.append(f"site {site.name}: {site.width} values per token{place}")
         lines.append(f"    {site.recipe}")
     for weight in result.elided:

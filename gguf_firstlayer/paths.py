@@ -48,7 +48,9 @@ def paths() -> dict[str, Path]:
         suffix = ".exe" if sys.platform == "win32" else ""
         found |= {name: folder / (tool + suffix) for name, tool in TOOLS.items() if (folder / (tool + suffix)).exists()}
         return found
-    raise FirstLayerError("the patched llama.cpp is not built; run scripts/quickstart, or: cmake -B build && cmake --build build")
+    raise FirstLayerError(
+        "the patched llama.cpp is not built; run scripts/quickstart, or: cmake -B build && cmake --build build"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -77,7 +80,7 @@ class Library:
         self.llama.llama_log_set(self._log, None)
 
         handle, text, i32 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
-        signatures = {
+        signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_open": (handle, [text, i32, i32]),
             "llama_firstlayer_close": (None, [handle]),
@@ -173,7 +176,7 @@ class Analysis:
         message = self._library.llama.llama_firstlayer_error().decode()
         return " / ".join([message, *self._library.errors[:1]])
 
-    def _names(self, get) -> tuple[str, ...]:
+    def _names(self, get: Callable[[int], bytes | None]) -> tuple[str, ...]:
         names: list[str] = []
         while (name := get(len(names))) is not None:
             names.append(name.decode())
@@ -222,7 +225,9 @@ def analyse(path: Path) -> Analysis:
     Raises:
         FirstLayerError: llama.cpp cannot load the model, or aborts.
     """
-    code = "import sys; from pathlib import Path; from gguf_firstlayer import runtime; runtime.Analysis(Path(sys.argv[1])).close()"
+    code = (
+        "import sys; from pathlib import Path; from gguf_firstlayer import runtime; runtime.Analysis(Path(sys.argv[1])).close()"
+    )
     child = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, errors="replace", env=_child_environment()
     )
@@ -233,8 +238,6 @@ def analyse(path: Path) -> Analysis:
 
 
 def _child_environment() -> dict[str, str]:
-    import os
-
     # a debugger that ggml starts on an abort would hold the child up
     package_root = str(Path(__file__).resolve().parent.parent)
     return os.environ | {

