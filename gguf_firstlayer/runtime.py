@@ -79,7 +79,7 @@ class Library:
         self._log = _LOG_CALLBACK(log)
         self.llama.llama_log_set(self._log, None)
 
-        handle, text, i32 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32
+        handle, text, i32, i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_open": (handle, [text, i32, i32]),
@@ -101,7 +101,7 @@ class Library:
         self.ggml.gguf_free.argtypes = [handle]
         self.ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
         self.ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-        self.ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, handle, handle] + [ctypes.c_int64] * 3 + [handle]
+        self.ggml.ggml_quantize_chunk.argtypes = [i32, handle, handle, i64, i64, i64, handle]
 
     def validate(self, path: Path) -> None:
         """Let ggml parse a GGUF header (`gguf_init_from_file`), which is hardened against malformed files.

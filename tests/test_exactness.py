@@ -65,6 +65,15 @@ def test_architecture(name, archs, tmp_path):
     assert "firstlayer.0.weight" in read
 
 
+def test_warmup_of_elided_experts(archs, tmp_path):
+    """llama.cpp warms up with all experts at once; those of arctic's first layer are gone."""
+    result = convert(archs / "arctic-moe.gguf", tmp_path / "flp.gguf", type="f32")
+    job = {"run": "logits", "tokens": {"count": 20, "seed": 1}, "batches": [20]}
+    (stock,) = run(STOCK, job | {"model": result.source})
+    (ours,) = run(PATCHED, job | {"model": result.output, "warmup": True})
+    assert np.array_equal(stock[20], ours[20])
+
+
 def test_falcon_has_two_terms_but_command_r_one(archs):
     """The FFN of a parallel block is one site, with the skip where the graph adds them before the attention."""
     recipes = {name: [s.recipe for s in inspect(archs / f"{name}.gguf").sites] for name in ("falcon-dense", "command-r-dense")}

@@ -114,6 +114,11 @@ def logits(job):
     cache = {"type_k": 0, "type_v": 0, "flash_attn_type": 0} if job.get("f32_cache") else {}
     for size in job["batches"]:
         context = model.context(**cache)
+        if job.get("warmup"):
+            llama_cpp.llama_set_warmup(context, True)
+            assert decode(context, tokens[:2], 0) == 0, "".join(messages)
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            llama_cpp.llama_set_warmup(context, False)
         rows = []
         for first in range(0, len(tokens), size):
             part = tokens[first : first + size]

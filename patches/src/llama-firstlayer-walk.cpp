@@ -280,7 +280,7 @@ bool llama_firstlayer_walk::classify_pure(const ggml_tensor * t, info & res) con
         case GGML_OP_CONCAT:
             {
                 const int dim = t->op_params[0];
-                res.axes = ia.axes & get(b).axes & ~(1 << dim);
+                res.axes      = ia.axes & get(b).axes & ~(1 << dim);
                 return same_axes(a, b) && !spans(a, ia.axes, dim) && !spans(b, get(b).axes, dim);
             }
 
@@ -413,7 +413,8 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::candidates(const std::unordere
 
     for (ggml_tensor * t : nodes) {
         const info & cur = get(t);
-        if (cur.kind == KIND_PURE && cur.product && !is_layout_op(t) && t->type == GGML_TYPE_F32 && widths.count(width(t))) {
+        if (cur.kind == KIND_PURE && cur.product && !is_layout_op(t) && t->type == GGML_TYPE_F32 &&
+            widths.count(width(t))) {
             res.push_back(t);
         }
     }
@@ -425,13 +426,15 @@ int64_t llama_firstlayer_walk::width(const ggml_tensor * t) const {
     return ggml_nelements(t) / n_tokens;
 }
 
-void llama_firstlayer_walk::locate(
-        const ggml_tensor * t, const int64_t i[GGML_MAX_DIMS], int64_t & token, int64_t & column) const {
+void llama_firstlayer_walk::locate(const ggml_tensor * t,
+                                   const int64_t       i[GGML_MAX_DIMS],
+                                   int64_t &           token,
+                                   int64_t &           column) const {
     const uint8_t axes = get(t).axes;
 
     int64_t n[2] = { 1, 1 };
-    token  = 0;
-    column = 0;
+    token        = 0;
+    column       = 0;
     for (int d = 0; d < GGML_MAX_DIMS; ++d) {
         const bool is_token = axes >> d & 1;
         (is_token ? token : column) += i[d] * n[is_token];
@@ -439,8 +442,8 @@ void llama_firstlayer_walk::locate(
     }
 }
 
-llama_firstlayer_walk::tensor_set llama_firstlayer_walk::reach(
-        std::vector<const ggml_tensor *> stack, const tensor_set & cut) {
+llama_firstlayer_walk::tensor_set llama_firstlayer_walk::reach(std::vector<const ggml_tensor *> stack,
+                                                               const tensor_set &               cut) {
     tensor_set res;
     while (!stack.empty()) {
         const ggml_tensor * t = stack.back();
@@ -464,7 +467,8 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::ancestors(const ggml_te
 llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live(const tensor_set & cut) const {
     std::vector<const ggml_tensor *> roots;
     for (const ggml_tensor * t : nodes) {
-        if ((t->flags & GGML_TENSOR_FLAG_COMPUTE) && (get(t).kind == KIND_IMPURE || (t->flags & GGML_TENSOR_FLAG_OUTPUT))) {
+        if ((t->flags & GGML_TENSOR_FLAG_COMPUTE) &&
+            (get(t).kind == KIND_IMPURE || (t->flags & GGML_TENSOR_FLAG_OUTPUT))) {
             roots.push_back(t);
         }
     }
@@ -540,18 +544,29 @@ static std::vector<const char *> param_names(const ggml_tensor * t) {
     switch (t->op) {
         case GGML_OP_NORM:
         case GGML_OP_RMS_NORM:
-        case GGML_OP_L2_NORM:    return { "eps:f" };
-        case GGML_OP_SCALE:      return { "scale:f", "bias:f" };
-        case GGML_OP_CLAMP:      return { "min:f", "max:f" };
-        case GGML_OP_SOFT_MAX:   return { "scale:f", "max_bias:f" };
-        case GGML_OP_LEAKY_RELU: return { "slope:f" };
-        case GGML_OP_ARGSORT:    return { "order" };
-        case GGML_OP_CONCAT:     return { "dim" };
+        case GGML_OP_L2_NORM:
+            return { "eps:f" };
+        case GGML_OP_SCALE:
+            return { "scale:f", "bias:f" };
+        case GGML_OP_CLAMP:
+            return { "min:f", "max:f" };
+        case GGML_OP_SOFT_MAX:
+            return { "scale:f", "max_bias:f" };
+        case GGML_OP_LEAKY_RELU:
+            return { "slope:f" };
+        case GGML_OP_ARGSORT:
+            return { "order" };
+        case GGML_OP_CONCAT:
+            return { "dim" };
         case GGML_OP_MUL_MAT:
-        case GGML_OP_MUL_MAT_ID: return { "prec", "hint" };
-        case GGML_OP_UNARY:      return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
-        case GGML_OP_GLU:        return { nullptr, "swapped", "alpha:f", "limit:f" };
-        default:                 return {};
+        case GGML_OP_MUL_MAT_ID:
+            return { "prec", "hint" };
+        case GGML_OP_UNARY:
+            return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
+        case GGML_OP_GLU:
+            return { nullptr, "swapped", "alpha:f", "limit:f" };
+        default:
+            return {};
     }
 }
 
@@ -597,8 +612,10 @@ std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
     return res;
 }
 
-void llama_firstlayer_walk::print(
-        const ggml_tensor * t, std::unordered_map<const ggml_tensor *, int> & labels, int & n_labels, std::string & out) const {
+void llama_firstlayer_walk::print(const ggml_tensor *                            t,
+                                  std::unordered_map<const ggml_tensor *, int> & labels,
+                                  int &                                          n_labels,
+                                  std::string &                                  out) const {
     if (t->op == GGML_OP_NONE) {
         out += get(t).kind == KIND_PURE ? "tokens" : t->name;
         return;
@@ -726,18 +743,17 @@ void llama_firstlayer_walk::row_strides(const ggml_tensor * t, size_t stride, si
     size_t next = ggml_type_size(t->type);
     for (int d = 0; d < GGML_MAX_DIMS; ++d) {
         size_t & cur = axes >> d & 1 ? stride : next;
-        nb[d] = cur;
+        nb[d]        = cur;
         cur *= t->ne[d];
     }
 }
 
-bool llama_firstlayer_walk::translate_layout(
-        const ggml_tensor * t,
-        const ggml_tensor * site,
-        const size_t site_nb[GGML_MAX_DIMS],
-        size_t stride,
-        size_t nb[GGML_MAX_DIMS],
-        size_t & offset) const {
+bool llama_firstlayer_walk::translate_layout(const ggml_tensor * t,
+                                             const ggml_tensor * site,
+                                             const size_t        site_nb[GGML_MAX_DIMS],
+                                             size_t              stride,
+                                             size_t              nb[GGML_MAX_DIMS],
+                                             size_t &            offset) const {
     const size_t stride_old = get(site).stride;
 
     if (stride_old > 0) {
@@ -778,8 +794,9 @@ bool llama_firstlayer_walk::translate_layout(
     return offset == 0;
 }
 
-void llama_firstlayer_walk::replace(
-        ggml_context * ctx, ggml_cgraph * gf, const std::unordered_map<ggml_tensor *, slot> & slots) const {
+void llama_firstlayer_walk::replace(ggml_context *                                  ctx,
+                                    ggml_cgraph *                                   gf,
+                                    const std::unordered_map<ggml_tensor *, slot> & slots) const {
     tensor_set cut;
     for (const auto & [site, _] : slots) {
         cut.insert(site);
@@ -828,8 +845,8 @@ void llama_firstlayer_walk::replace(
 
         if (gaps && !strided) {
             site->op     = GGML_OP_CONT;
-            site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1], nb[2],
-                                        nb[3], slot.offset);
+            site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1],
+                                        nb[2], nb[3], slot.offset);
             continue;
         }
 

@@ -62,7 +62,7 @@ struct llama_firstlayer_walk {
     // replace sites by rows, in place, and rebuild the graph from what is still live
     void replace(ggml_context * ctx, ggml_cgraph * gf, const std::unordered_map<ggml_tensor *, slot> & slots) const;
 
-private:
+  private:
     enum purity {
         KIND_IMPURE,
         KIND_CONSTANT,
@@ -81,23 +81,29 @@ private:
 
     static tensor_set reach(std::vector<const ggml_tensor *> stack, const tensor_set & cut);
 
-    info classify       (const ggml_tensor * t) const;
-    bool classify_pure  (const ggml_tensor * t, info & res) const;
+    info classify(const ggml_tensor * t) const;
+    bool classify_pure(const ggml_tensor * t, info & res) const;
     bool classify_layout(const ggml_tensor * t, info & res) const;
 
     bool is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset) const;
 
     // strides for the rows of a site, and the translation of a layout operation on the site to them
-    void row_strides     (const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const;
-    bool translate_layout(const ggml_tensor * t, const ggml_tensor * site, const size_t site_nb[GGML_MAX_DIMS],
-                          size_t stride, size_t nb[GGML_MAX_DIMS], size_t & offset) const;
+    void row_strides(const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const;
+    bool translate_layout(const ggml_tensor * t,
+                          const ggml_tensor * site,
+                          const size_t        site_nb[GGML_MAX_DIMS],
+                          size_t              stride,
+                          size_t              nb[GGML_MAX_DIMS],
+                          size_t &            offset) const;
 
     // the site that a row-pure operand of an impure node stands for, nullptr if it is as cheap as a table
     ggml_tensor * site_of(ggml_tensor * t) const;
 
     std::string shape(const ggml_tensor * t) const;
-    void        print(const ggml_tensor * t, std::unordered_map<const ggml_tensor *, int> & labels, int & n_labels,
-                      std::string & out) const;
+    void        print(const ggml_tensor *                            t,
+                      std::unordered_map<const ggml_tensor *, int> & labels,
+                      int &                                          n_labels,
+                      std::string &                                  out) const;
 
     int64_t n_tokens = 0;
 

@@ -67,8 +67,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
         throw std::runtime_error("first-layer tables can only be read from a file");
     }
     if (gguf_get_kv_type(meta, id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, id_version) != VERSION) {
-        throw std::runtime_error(format("unknown %s, this build reads version %u: update it, or convert the model again",
-                                        KV_VERSION, VERSION));
+        throw std::runtime_error(format(
+            "unknown %s, this build reads version %u: update it, or convert the model again", KV_VERSION, VERSION));
     }
 
     auto res = std::make_unique<llama_firstlayer>();
@@ -82,8 +82,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
     for (size_t i = 0; i < n_sites; ++i) {
         if (table[i] > res->tables.size()) {
-            throw std::runtime_error(format("first-layer site %zu is in table %u, expected %zu at most", i, table[i],
-                                            res->tables.size()));
+            throw std::runtime_error(
+                format("first-layer site %zu is in table %u, expected %zu at most", i, table[i], res->tables.size()));
         }
         const std::string suffix = std::to_string(table[i]) + ".weight";
         if (table[i] == res->tables.size()) {
@@ -92,17 +92,18 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
         const std::string   name = "firstlayer." + suffix;
         const ggml_tensor * t    = ml.require_tensor_meta(name);
-        if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_BF16 && !ggml_is_quantized(t->type)) {
-            throw std::runtime_error(format("table '%s' has type %s, which no lookup can read", name.c_str(),
-                                            ggml_type_name(t->type)));
+        if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_BF16 &&
+            !ggml_is_quantized(t->type)) {
+            throw std::runtime_error(
+                format("table '%s' has type %s, which no lookup can read", name.c_str(), ggml_type_name(t->type)));
         }
         if (t->ne[1] != n_vocab || t->ne[2] != 1 || t->ne[3] != 1) {
             throw std::runtime_error(format("table '%s' has shape [%s], expected one row for each of %u tokens",
                                             name.c_str(), llama_format_tensor_shape(t).c_str(), n_vocab));
         }
         if (width[i] == 0 || (int64_t) column[i] + width[i] > t->ne[0]) {
-            throw std::runtime_error(format("first-layer site %zu has columns %u to %lld of table '%s', which has %lld", i,
-                                            column[i], (long long) column[i] + width[i], name.c_str(),
+            throw std::runtime_error(format("first-layer site %zu has columns %u to %lld of table '%s', which has %lld",
+                                            i, column[i], (long long) column[i] + width[i], name.c_str(),
                                             (long long) t->ne[0]));
         }
         res->sites.push_back({ gguf_get_arr_str(meta, id_name, i), gguf_get_arr_str(meta, id_recipe, i), table[i],
@@ -117,8 +118,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
     const uint32_t * type  = get_u32(meta, KV_ELIDED_TYPE, n_elided);
     size_t           n_dim = n_elided * GGML_MAX_DIMS;
-    const auto *     dim   = (const int64_t *) gguf_get_arr_data(
-        meta, find_array(meta, KV_ELIDED_DIMENSION, GGUF_TYPE_INT64, n_dim, true));
+    const auto *     dim =
+        (const int64_t *) gguf_get_arr_data(meta, find_array(meta, KV_ELIDED_DIMENSION, GGUF_TYPE_INT64, n_dim, true));
 
     const ggml_init_params params = {
         /*.mem_size   =*/ggml_tensor_overhead() * n_elided,
@@ -186,7 +187,18 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
 // run time
 //
 
+void llama_firstlayer::set_weights(const llama_model & model) {
+    for (const auto & [_, t] : model.tensors_by_name) {
+        weights.insert(t);
+    }
+    for (const auto & [_, t] : phantoms) {
+        weights.insert(t);
+    }
+}
+
 void llama_firstlayer::check(llama_model_base & model) {
+    set_weights(model);
+
     llama_context_params params = llama_context_default_params();
     params.n_ctx                = 256;
     params.n_batch              = 32;
@@ -206,9 +218,11 @@ void llama_firstlayer::check(llama_model_base & model) {
             continue;
         }
         if (!phantoms.empty()) {
-            throw std::runtime_error(format("no node of the graph matches the recipe of '%s': %s. This build of llama.cpp "
-                                            "computes it otherwise, convert the model again with the matching "
-                                            "gguf-firstlayer", site.name.c_str(), site.recipe.c_str()));
+            throw std::runtime_error(
+                format("no node of the graph matches the recipe of '%s': %s. This build of llama.cpp "
+                       "computes it otherwise, convert the model again with the matching "
+                       "gguf-firstlayer",
+                       site.name.c_str(), site.recipe.c_str()));
         }
         LLAMA_LOG_WARN("%s: no node of the graph matches the recipe of '%s', its table is not used: %s\n", __func__,
                        site.name.c_str(), site.recipe.c_str());
@@ -253,15 +267,6 @@ void llama_firstlayer::rewrite(const llm_graph_params & params, const llama_firs
 }
 
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
-    if (weights.empty()) {
-        for (const auto & [_, t] : model.tensors_by_name) {
-            weights.insert(t);
-        }
-        for (const auto & [_, t] : phantoms) {
-            weights.insert(t);
-        }
-    }
-
     ggml_cgraph * gf = params.res->get_gf();
 
     {
@@ -321,8 +326,9 @@ int32_t llama_model_firstlayer_get_site(const llama_model * model, int32_t i, ll
     }
     const auto & cur = model->firstlayer->sites[i];
 
-    *site = { cur.name.c_str(), cur.recipe.c_str(), cur.width,
-              ggml_get_name(model->firstlayer->tables[cur.table].tensor), cur.column, cur.used };
+    *site = { cur.name.c_str(), cur.recipe.c_str(),
+              cur.width,        ggml_get_name(model->firstlayer->tables[cur.table].tensor),
+              cur.column,       cur.used };
     return 0;
 }
 
@@ -355,11 +361,11 @@ struct llama_firstlayer_analysis {
     std::vector<std::string> elidable;
     std::string              blocker;
 
-private:
+  private:
     // build a graph and show it to `observe`
-    void build(uint32_t n_tokens, uint32_t n_seqs);
+    void build(uint32_t n_tokens);
 
-    void collect_sites   (const llama_firstlayer_walk & walk);
+    void collect_sites(const llama_firstlayer_walk & walk);
     void collect_elidable();
 
     // names of the model weights among tensors
@@ -368,11 +374,13 @@ private:
     std::unordered_map<std::string, ggml_tensor *> find_sites(const llama_firstlayer_walk & walk) const;
 
     void prepare_eval();
-    void load_weight (ggml_tensor * t);
+    void load_weight(ggml_tensor * t);
 
     const std::string path;
     const int32_t     n_batch;
     const int32_t     n_threads;
+
+    uint32_t n_seqs = 1;
 
     bool seen_graph = false;
 
@@ -410,40 +418,40 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, in
     }
 
     // recurrent states split the batch by sequences
-    const bool     recurrent = llama_model_is_recurrent(model.get()) || llama_model_is_hybrid(model.get());
-    const uint32_t n_seqs    = recurrent ? 2 : 1;
+    n_seqs = llama_model_is_recurrent(model.get()) || llama_model_is_hybrid(model.get()) ? 2 : 1;
 
     llama_context_params cparams = llama_context_default_params();
     cparams.n_ctx                = 2 * n_batch;
     cparams.n_batch              = n_batch;
     cparams.n_ubatch             = n_batch;
     cparams.n_seq_max            = n_seqs;
-    cparams.kv_unified           = recurrent;  // otherwise every batch would have to hold tokens of all sequences
 
     ctx.reset(llama_init_from_model(model.get(), cparams));
     if (!ctx) {
         throw std::runtime_error("llama.cpp cannot build a graph of this model on its own");
     }
 
-    model->firstlayer          = std::make_unique<llama_firstlayer>();
-    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & walk) { collect_sites(walk); };
+    model->firstlayer = std::make_unique<llama_firstlayer>();
+    model->firstlayer->set_weights(*model);
+    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & walk) {
+        collect_sites(walk);
+    };
 
-    // a site must be there whatever the shape of the batch is
-    build(n_batch, 1);
-    build(n_batch, n_seqs);
-    build(1, 1);
+    // a site must be there for prefill and for decode
+    build(n_batch);
+    build(n_seqs);
 
     if (!sites.empty()) {
         collect_elidable();
     }
 }
 
-void llama_firstlayer_analysis::build(uint32_t n_tokens, uint32_t n_seqs) {
+void llama_firstlayer_analysis::build(uint32_t n_tokens) {
     llama_memory_context_ptr mctx;
     if (ctx->get_memory()) {
         mctx = ctx->get_memory()->init_full();
     }
-    if (!ctx->graph_reserve(n_tokens, n_seqs, n_seqs, mctx.get(), /*split_only =*/true)) {
+    if (!ctx->graph_reserve(n_tokens, n_seqs, n_tokens, mctx.get(), /*split_only =*/true)) {
         throw std::runtime_error("llama.cpp cannot build a graph of this model");
     }
 }
@@ -459,7 +467,7 @@ std::set<std::string> llama_firstlayer_analysis::names(const llama_firstlayer_wa
 }
 
 std::unordered_map<std::string, ggml_tensor *> llama_firstlayer_analysis::find_sites(
-        const llama_firstlayer_walk & walk) const {
+    const llama_firstlayer_walk & walk) const {
     std::unordered_set<int64_t> widths;
     for (const auto & site : sites) {
         widths.insert(site.width);
@@ -478,10 +486,13 @@ void llama_firstlayer_analysis::collect_sites(const llama_firstlayer_walk & walk
 
         for (ggml_tensor * t : walk.sites()) {
             const std::string recipe = walk.recipe(t);
-            const bool        known  = std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
+            const bool        known =
+                std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
             if (!known) {
                 const auto reads = names(walk.ancestors(t));
-                sites.push_back({ ggml_get_name(t), recipe, walk.width(t), { reads.begin(), reads.end() } });
+                sites.push_back({
+                    ggml_get_name(t), recipe, walk.width(t), { reads.begin(), reads.end() }
+                });
             }
         }
         if (sites.empty()) {
@@ -491,7 +502,8 @@ void llama_firstlayer_analysis::collect_sites(const llama_firstlayer_walk & walk
     }
 
     const auto found = find_sites(walk);
-    sites.erase(std::remove_if(sites.begin(), sites.end(), [&](const site & s) { return !found.count(s.recipe); }), sites.end());
+    sites.erase(std::remove_if(sites.begin(), sites.end(), [&](const site & s) { return !found.count(s.recipe); }),
+                sites.end());
     if (sites.empty() && blocker.empty()) {
         blocker = "what its graph computes from the token ids depends on the shape of the batch";
     }
@@ -523,8 +535,8 @@ void llama_firstlayer_analysis::collect_elidable() {
         }
     };
 
-    build(n_batch, 1);
-    build(1, 1);
+    build(n_batch);
+    build(n_seqs);
 
     if (model->hparams.n_layer_nextn > 0 && model->hparams.router_layer < 0) {
         llama_context_params cparams = llama_context_default_params();
@@ -557,7 +569,7 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
     t->data   = nullptr;
 
     std::vector<no_init<uint8_t>> buf(ml->use_mmap ? 0 : size);
-    void * data = const_cast<void *>(ml->load_data_range(weight, 0, size, buf.data()));
+    void *                        data = const_cast<void *>(ml->load_data_range(weight, 0, size, buf.data()));
 
     if (ml->use_mmap && buft == ggml_backend_dev_buffer_type(dev) && (uintptr_t) data % align == 0) {
         bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(dev, data, size, size));
@@ -578,7 +590,7 @@ void llama_firstlayer_analysis::prepare_eval() {
     model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & cur) {
         walk = std::make_unique<llama_firstlayer_walk>(cur);
     };
-    build(n_batch, 1);
+    build(n_batch);
 
     std::vector<std::string> splits;
     ml = std::make_unique<llama_model_loader>(nullptr, nullptr, nullptr, path, splits, nullptr, LLAMA_LOAD_MODE_MMAP,
@@ -590,7 +602,8 @@ void llama_firstlayer_analysis::prepare_eval() {
         throw std::runtime_error("no CPU backend found");
     }
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
-    if (auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+    if (auto * set_n_threads =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
         set_n_threads(backend.get(), n_threads);
     }
 
@@ -670,8 +683,10 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
                         i[0] = 0;
                         walk->locate(root, i, token, offset);
                         if (token < n) {
-                            const char * src = (const char *) root->data + i[1] * root->nb[1] + i[2] * root->nb[2] + i[3] * root->nb[3];
-                            memcpy(rows + (first + token) * row_width + column + offset, src, root->ne[0] * sizeof(float));
+                            const char * src = (const char *) root->data + i[1] * root->nb[1] + i[2] * root->nb[2] +
+                                               i[3] * root->nb[3];
+                            memcpy(rows + (first + token) * row_width + column + offset, src,
+                                   root->ne[0] * sizeof(float));
                         }
                     }
                 }
@@ -693,8 +708,9 @@ template <typename F> static auto guarded(F && f, decltype(f()) failure) -> decl
 }
 
 llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32_t n_batch, int32_t n_threads) {
-    return guarded([&] { return new llama_firstlayer_analysis(path_model, std::max(2, n_batch), n_threads); },
-                   (llama_firstlayer_analysis *) nullptr);
+    return guarded(
+        [&] { return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads); },
+        (llama_firstlayer_analysis *) nullptr);
 }
 
 void llama_firstlayer_close(llama_firstlayer_analysis * an) {
@@ -734,6 +750,14 @@ const char * llama_firstlayer_get_blocker(const llama_firstlayer_analysis * an) 
     return an->blocker.c_str();
 }
 
-int32_t llama_firstlayer_eval(llama_firstlayer_analysis * an, const llama_token * tokens, int32_t n_tokens, float * rows) {
-    return guarded([&] { an->eval(tokens, n_tokens, rows); return 0; }, -1);
+int32_t llama_firstlayer_eval(llama_firstlayer_analysis * an,
+                              const llama_token *         tokens,
+                              int32_t                     n_tokens,
+                              float *                     rows) {
+    return guarded(
+        [&] {
+            an->eval(tokens, n_tokens, rows);
+            return 0;
+        },
+        -1);
 }

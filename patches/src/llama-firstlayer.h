@@ -33,20 +33,23 @@ LLAMA_API const char * llama_firstlayer_error(void);
 
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
 // n_batch: tokens evaluated at once; n_threads: 0 for all
-LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32_t n_batch, int32_t n_threads);
+LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model,
+                                                                   int32_t      n_batch,
+                                                                   int32_t      n_threads);
 
 LLAMA_API void llama_firstlayer_close(struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_n_vocab(const struct llama_firstlayer_analysis * an);
 LLAMA_API int32_t llama_firstlayer_n_sites(const struct llama_firstlayer_analysis * an);
 
-LLAMA_API int32_t llama_firstlayer_get_site(
-        const struct llama_firstlayer_analysis * an,
-        int32_t i,
-        struct llama_firstlayer_site * site);
+LLAMA_API int32_t llama_firstlayer_get_site(const struct llama_firstlayer_analysis * an,
+                                            int32_t                                  i,
+                                            struct llama_firstlayer_site *           site);
 
 // Names of the weights that a site is computed from, NULL past the last
-LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_firstlayer_analysis * an, int32_t i, int32_t j);
+LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_firstlayer_analysis * an,
+                                                        int32_t                                  i,
+                                                        int32_t                                  j);
 
 // Names of the weights that no graph of the model reads if all sites come from tables, NULL past the last
 LLAMA_API const char * llama_firstlayer_get_elidable(const struct llama_firstlayer_analysis * an, int32_t i);
@@ -56,11 +59,10 @@ LLAMA_API const char * llama_firstlayer_get_blocker(const struct llama_firstlaye
 
 // Compute the rows of some tokens.
 // rows: F32 [n_tokens][sum of the widths of all sites], the sites in their order
-LLAMA_API int32_t llama_firstlayer_eval(
-        struct llama_firstlayer_analysis * an,
-        const llama_token * tokens,
-        int32_t n_tokens,
-        float * rows);
+LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
+                                        const llama_token *                tokens,
+                                        int32_t                            n_tokens,
+                                        float *                            rows);
 
 //
 // what a loaded model uses
@@ -69,10 +71,9 @@ LLAMA_API int32_t llama_firstlayer_eval(
 // 0 if the model was not converted
 LLAMA_API int32_t llama_model_firstlayer_n_sites(const struct llama_model * model);
 
-LLAMA_API int32_t llama_model_firstlayer_get_site(
-        const struct llama_model * model,
-        int32_t i,
-        struct llama_firstlayer_site * site);
+LLAMA_API int32_t llama_model_firstlayer_get_site(const struct llama_model *     model,
+                                                  int32_t                        i,
+                                                  struct llama_firstlayer_site * site);
 
 #ifdef __cplusplus
 }
@@ -84,14 +85,14 @@ LLAMA_API int32_t llama_model_firstlayer_get_site(
 
 #if defined(__cplusplus) && defined(LLAMA_BUILD)
 
-#include "ggml-cpp.h"
+#    include "ggml-cpp.h"
 
-#include <functional>
-#include <memory>
-#include <string>
-#include <unordered_map>
-#include <unordered_set>
-#include <vector>
+#    include <functional>
+#    include <memory>
+#    include <string>
+#    include <unordered_map>
+#    include <unordered_set>
+#    include <vector>
 
 struct ggml_cgraph;
 
@@ -126,6 +127,10 @@ struct llama_firstlayer {
 
     void create_tables(llama_model_base & model, llama_model_loader & ml);
 
+    // Tell the weights of the loaded model, which graphs are made of. Graphs are built by several threads at once, so this
+    // is not left to the first of them.
+    void set_weights(const llama_model & model);
+
     // Build the graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
 
@@ -138,13 +143,13 @@ struct llama_firstlayer {
     std::vector<table> tables;
     std::vector<site>  sites;
 
-private:
+  private:
     void rewrite(const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
     ggml_context_ptr                               ctx_phantom;
     std::unordered_map<std::string, ggml_tensor *> phantoms;
-    std::unordered_set<const ggml_tensor *>        weights;   // all model weights, phantoms included
-    std::string                                    problem;   // found by apply() while check() runs
+    std::unordered_set<const ggml_tensor *>        weights;  // all model weights, phantoms included
+    std::string                                    problem;  // found by apply() while check() runs
     bool                                           checking = false;
 };
 

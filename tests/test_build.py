@@ -1,0 +1,74 @@
+"""The CMake build, as far as it is configured; scripts/test builds it patched and unpatched."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import PATCHED, ROOT, STOCK
+
+PATCH = ROOT / "patches" / "hooks.patch"
+PATCHED_FILES = re.findall(r"^\+\+\+ b/(\S+)", PATCH.read_text(), re.MULTILINE)
+
+
+def configure(source, build, *options):
+    command = ["cmake", "-S", source, "-B", build, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_hooks_stay_small():
+    added = [line for line in PATCH.read_text().splitlines() if re.match(r"\+[^+]", line)]
+    assert len(PATCHED_FILES) <= 6
+    assert len(added) <= 60
+
+
+def test_stock_is_unpatched():
+    assert not hasattr(ctypes.CDLL(str(STOCK / "libggml-base.so")), "llama_firstlayer_open")
+    symbols = b"llama_firstlayer_open"
+    assert symbols not in (STOCK / "libllama.so").read_bytes()
+    assert symbols in (PATCHED / "libllama.so").read_bytes()
+
+
+def test_checkout_is_used_and_not_modified(tmp_path):
+    """-DLLAMA_CPP_SOURCE_DIR, with a patch that applies."""
+    checkout = ROOT / "build" / "stock" / "llama.cpp"
+    before = {name: (checkout / name).stat().st_mtime_ns for name in PATCHED_FILES}
+    done = configure(ROOT, tmp_path, f"-DLLAMA_CPP_SOURCE_DIR={checkout}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(checkout) in done.stdout
+    assert {name: (checkout / name).stat().st_mtime_ns for name in PATCHED_FILES} == before
+    assert not (checkout / "src" / "llama-firstlayer.h").exists()
+    assert (tmp_path / "llama.cpp" / "src" / "llama-firstlayer.h").exists()
+    assert all(
+        "firstlayer" in (tmp_path / "llama.cpp" / name).read_text() for name in PATCHED_FILES if name.endswith("model.h")
+    )
+
+
+def test_second_configure_touches_nothing(tmp_path):
+    assert configure(ROOT, tmp_path).returncode == 0
+    sources = [path for path in (tmp_path / "llama.cpp" / "src").iterdir() if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in sources}
+    assert configure(ROOT, tmp_path).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in sources} == before
+
+
+@pytest.mark.parametrize("broken", ["already patched", "unknown file"])
+def test_patch_that_does_not_apply(broken, tmp_path):
+    """The configure stops, with the name of the patch and the llama.cpp version wanted."""
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(ROOT / "CMakeLists.txt", project)
+    shutil.copytree(ROOT / "cmake", project / "cmake")
+    shutil.copytree(ROOT / "patches", project / "patches")
+    options = [f"-DLLAMA_CPP_SOURCE_DIR={ROOT / 'build' / 'llama.cpp'}"]
+    if broken == "unknown file":
+        patch = project / "patches" / "hooks.patch"
+        patch.write_text(patch.read_text().replace("llama-arch.h", "llama-ark.h"))
+    done = configure(project, tmp_path / "build", *options)
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert ("hooks.patch" if broken == "already patched" else "llama-ark.h") in message
+    assert "0.3.36" in message
