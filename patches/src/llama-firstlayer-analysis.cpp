@@ -1,0 +1,445 @@
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "llama-context.h"
+#include "llama-cpp.h"
+#include "llama-firstlayer-walk.h"
+#include "llama-firstlayer.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+#include <thread>
+
+//
+// analysis
+//
+
+static thread_local std::string last_error;
+
+const char * llama_firstlayer_error(void) {
+    return last_error.c_str();
+}
+
+struct llama_firstlayer_analysis {
+    struct site {
+        std::string              name;
+        std::string              recipe;
+        int64_t                  width;
+        std::vector<std::string> weights;
+    };
+
+    llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads);
+
+    void eval(const llama_token * tokens, int32_t n_tokens, float * rows);
+
+    llama_model_ptr   model;
+    llama_context_ptr ctx;
+
+    std::vector<site>        sites;
+    std::vector<std::string> elidable;
+    std::string              blocker;
+
+  private:
+    // build a graph and show it to `observe`
+    void build(uint32_t n_tokens);
+
+    void collect_sites(const llama_firstlayer_walk & walk);
+    void collect_elidable();
+
+    // names of the model weights among tensors
+    std::set<std::string> names(const llama_firstlayer_walk::tensor_set & tensors) const;
+
+    std::unordered_map<std::string, ggml_tensor *> find_sites(const llama_firstlayer_walk & walk) const;
+
+    void prepare_eval();
+    void load_weight(ggml_tensor * t);
+
+    const std::string path;
+    const int32_t     n_batch;
+    const int32_t     n_threads;
+
+    uint32_t n_seqs = 1;
+
+    bool seen_graph = false;
+
+    // evaluation
+    std::unique_ptr<llama_firstlayer_walk> walk;
+    std::unique_ptr<llama_model_loader>    ml;
+    std::vector<ggml_tensor *>             roots;  // a node for each site
+    ggml_context_ptr                       ctx_eval;
+    ggml_cgraph *                          gf = nullptr;
+    ggml_gallocr_ptr                       alloc;
+    ggml_backend_ptr                       backend;
+    std::vector<ggml_backend_buffer_ptr>   bufs;
+};
+
+llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads) :
+    path(path_model),
+    n_batch(n_batch),
+    n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())) {
+    // rows are computed on the CPU, whose buffer types decide on the kernels; nothing is loaded
+    static ggml_backend_dev_t devices[] = { nullptr };
+
+    llama_model_params mparams = llama_model_default_params();
+    mparams.devices            = devices;
+    mparams.n_gpu_layers       = 0;
+    mparams.load_mode          = LLAMA_LOAD_MODE_NONE;
+    mparams.no_alloc           = true;
+    mparams.load_mtp           = true;
+
+    model.reset(llama_model_load_from_file(path_model, mparams));
+    if (!model) {
+        throw std::runtime_error("llama.cpp cannot load the model");
+    }
+    if (model->firstlayer) {
+        throw std::runtime_error("the model is already converted");
+    }
+
+    // recurrent states split the batch by sequences
+    n_seqs = llama_model_is_recurrent(model.get()) || llama_model_is_hybrid(model.get()) ? 2 : 1;
+
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_ctx                = 2 * n_batch;
+    cparams.n_batch              = n_batch;
+    cparams.n_ubatch             = n_batch;
+    cparams.n_seq_max            = n_seqs;
+
+    ctx.reset(llama_init_from_model(model.get(), cparams));
+    if (!ctx) {
+        throw std::runtime_error("llama.cpp cannot build a graph of this model on its own");
+    }
+
+    model->firstlayer = std::make_unique<llama_firstlayer>();
+    model->firstlayer->set_weights(*model);
+    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & walk) {
+        collect_sites(walk);
+    };
+
+    // a site must be there for prefill and for decode
+    build(n_batch);
+    build(n_seqs);
+
+    if (!sites.empty()) {
+        collect_elidable();
+    }
+}
+
+void llama_firstlayer_analysis::build(uint32_t n_tokens) {
+    llama_memory_context_ptr mctx;
+    if (ctx->get_memory()) {
+        mctx = ctx->get_memory()->init_full();
+    }
+    if (!ctx->graph_reserve(n_tokens, n_seqs, n_tokens, mctx.get(), /*split_only =*/true)) {
+        throw std::runtime_error("llama.cpp cannot build a graph of this model");
+    }
+}
+
+std::set<std::string> llama_firstlayer_analysis::names(const llama_firstlayer_walk::tensor_set & tensors) const {
+    std::set<std::string> res;
+    for (const auto & [name, t] : model->tensors_by_name) {
+        if (tensors.count(t)) {
+            res.insert(name);
+        }
+    }
+    return res;
+}
+
+std::unordered_map<std::string, ggml_tensor *> llama_firstlayer_analysis::find_sites(
+    const llama_firstlayer_walk & walk) const {
+    std::unordered_set<int64_t> widths;
+    for (const auto & site : sites) {
+        widths.insert(site.width);
+    }
+
+    std::unordered_map<std::string, ggml_tensor *> res;
+    for (ggml_tensor * t : walk.candidates(widths)) {
+        res.emplace(walk.recipe(t), t);
+    }
+    return res;
+}
+
+void llama_firstlayer_analysis::collect_sites(const llama_firstlayer_walk & walk) {
+    if (!seen_graph) {
+        seen_graph = true;
+
+        for (ggml_tensor * t : walk.sites()) {
+            const std::string recipe = walk.recipe(t);
+            const bool        known =
+                std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
+            if (!known) {
+                const auto reads = names(walk.ancestors(t));
+                sites.push_back({
+                    ggml_get_name(t), recipe, walk.width(t), { reads.begin(), reads.end() }
+                });
+            }
+        }
+        if (sites.empty()) {
+            blocker = walk.blocker();
+        }
+        return;
+    }
+
+    const auto found = find_sites(walk);
+    sites.erase(std::remove_if(sites.begin(), sites.end(), [&](const site & s) { return !found.count(s.recipe); }),
+                sites.end());
+    if (sites.empty() && blocker.empty()) {
+        blocker = "what its graph computes from the token ids depends on the shape of the batch";
+    }
+}
+
+void llama_firstlayer_analysis::collect_elidable() {
+    std::set<std::string> before;
+    std::set<std::string> after;
+
+    model->firstlayer->observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        llama_firstlayer_walk::tensor_set cut;
+        const auto                        found = find_sites(walk);
+        for (const auto & site : sites) {
+            const auto it = found.find(site.recipe);
+            if (it != found.end()) {
+                cut.insert(it->second);
+            }
+        }
+        before.merge(names(walk.live({})));
+        after.merge(names(walk.live(cut)));
+
+        if (params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(model.get())) {
+            llm_graph_result res(params.res->get_max_nodes());
+            llm_graph_params encoder = params;
+            encoder.gtype            = LLM_GRAPH_TYPE_ENCODER;
+            encoder.mctx             = nullptr;
+            encoder.res              = &res;
+            model->build_graph(encoder);
+        }
+    };
+
+    build(n_batch);
+    build(n_seqs);
+
+    if (model->hparams.n_layer_nextn > 0 && model->hparams.router_layer < 0) {
+        llama_context_params cparams = llama_context_default_params();
+        cparams.n_ctx                = 256;
+        cparams.n_batch              = 32;
+        cparams.n_ubatch             = 32;
+        cparams.ctx_type             = LLAMA_CONTEXT_TYPE_MTP;
+        if (!llama_context_ptr(llama_init_from_model(model.get(), cparams))) {
+            throw std::runtime_error("llama.cpp cannot build the graph of the model's MTP layers");
+        }
+    }
+
+    std::set_difference(before.begin(), before.end(), after.begin(), after.end(), std::back_inserter(elidable));
+}
+
+//
+// evaluation
+//
+
+void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
+    const auto & weight = ml->require_weight(ggml_get_name(t));
+    const size_t size   = ggml_nbytes(t);
+
+    // the buffer type that llama.cpp would load this weight to
+    ggml_backend_buffer_type_t buft  = ggml_backend_buffer_get_type(t->buffer);
+    ggml_backend_dev_t         dev   = ggml_backend_get_device(backend.get());
+    const size_t               align = ggml_backend_buft_get_alignment(buft);
+
+    t->buffer = nullptr;
+    t->data   = nullptr;
+
+    std::vector<no_init<uint8_t>> buf(ml->use_mmap ? 0 : size);
+    void *                        data = const_cast<void *>(ml->load_data_range(weight, 0, size, buf.data()));
+
+    if (ml->use_mmap && buft == ggml_backend_dev_buffer_type(dev) && (uintptr_t) data % align == 0) {
+        bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(dev, data, size, size));
+        ggml_backend_tensor_alloc(bufs.back().get(), t, data);
+        return;
+    }
+
+    bufs.emplace_back(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, t)));
+    if (!bufs.back()) {
+        throw std::runtime_error(format("cannot allocate %zu bytes for weight '%s'", size, ggml_get_name(t)));
+    }
+    ggml_backend_buffer_set_usage(bufs.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    ggml_backend_tensor_alloc(bufs.back().get(), t, ggml_backend_buffer_get_base(bufs.back().get()));
+    ggml_backend_tensor_set(t, data, 0, size);
+}
+
+void llama_firstlayer_analysis::prepare_eval() {
+    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & cur) {
+        walk = std::make_unique<llama_firstlayer_walk>(cur);
+    };
+    build(n_batch);
+
+    std::vector<std::string> splits;
+    ml = std::make_unique<llama_model_loader>(nullptr, nullptr, nullptr, path, splits, nullptr, LLAMA_LOAD_MODE_MMAP,
+                                              false, false, true, nullptr, nullptr);
+    ml->init_mappings(/*prefetch =*/false);
+
+    backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    if (!backend) {
+        throw std::runtime_error("no CPU backend found");
+    }
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    if (auto * set_n_threads =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        set_n_threads(backend.get(), n_threads);
+    }
+
+    const size_t           max_nodes = ctx->graph_max_nodes(n_batch);
+    const ggml_init_params params    = {
+        /*.mem_size   =*/ggml_graph_overhead_custom(max_nodes, false),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
+    };
+    ctx_eval.reset(ggml_init(params));
+    gf = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
+
+    auto found = find_sites(*walk);
+    for (const auto & site : sites) {
+        ggml_tensor * root = found.at(site.recipe);
+        ggml_set_output(root);
+        ggml_build_forward_expand(gf, root);
+        roots.push_back(root);
+    }
+
+    llama_firstlayer_walk::tensor_set read;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+        read.insert(std::begin(t->src), std::end(t->src));
+    }
+    for (const auto & [_, t] : model->tensors_by_name) {
+        if (read.count(t)) {
+            load_weight(t);
+        }
+    }
+
+    alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
+    if (!ggml_gallocr_alloc_graph(alloc.get(), gf)) {
+        throw std::runtime_error("cannot allocate the memory for computing rows");
+    }
+}
+
+void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_tokens, float * rows) {
+    if (!gf) {
+        prepare_eval();
+    }
+
+    const int32_t n_vocab = model->vocab.n_tokens();
+    if (std::any_of(tokens, tokens + n_tokens, [&](llama_token id) { return id < 0 || id >= n_vocab; })) {
+        throw std::runtime_error(format("token id out of range, the vocabulary has %d entries", n_vocab));
+    }
+
+    int64_t row_width = 0;
+    for (const auto & site : sites) {
+        row_width += site.width;
+    }
+
+    for (int32_t first = 0; first < n_tokens; first += n_batch) {
+        const int32_t n = std::min(n_batch, n_tokens - first);
+
+        std::vector<llama_token> batch(tokens + first, tokens + first + n);
+        batch.resize(n_batch, batch.back());
+        for (ggml_tensor * inp : walk->tokens()) {
+            if (inp->buffer) {
+                ggml_backend_tensor_set(inp, batch.data(), 0, ggml_nbytes(inp));
+            }
+        }
+
+        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("computing rows failed");
+        }
+
+        int64_t column = 0;
+        for (const ggml_tensor * root : roots) {
+            int64_t i[GGML_MAX_DIMS];
+            for (i[3] = 0; i[3] < root->ne[3]; ++i[3]) {
+                for (i[2] = 0; i[2] < root->ne[2]; ++i[2]) {
+                    for (i[1] = 0; i[1] < root->ne[1]; ++i[1]) {
+                        // the values along axis 0 belong to one token
+                        int64_t token;
+                        int64_t offset;
+                        i[0] = 0;
+                        walk->locate(root, i, token, offset);
+                        if (token < n) {
+                            const char * src = (const char *) root->data + i[1] * root->nb[1] + i[2] * root->nb[2] +
+                                               i[3] * root->nb[3];
+                            memcpy(rows + (first + token) * row_width + column + offset, src,
+                                   root->ne[0] * sizeof(float));
+                        }
+                    }
+                }
+            }
+            column += walk->width(root);
+        }
+    }
+}
+
+// C interface: exceptions become messages
+template <typename F> static auto guarded(F && f, decltype(f()) failure) -> decltype(f()) {
+    last_error.clear();
+    try {
+        return f();
+    } catch (const std::exception & err) {
+        last_error = err.what();
+        return failure;
+    }
+}
+
+llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32_t n_batch, int32_t n_threads) {
+    return guarded(
+        [&] { return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads); },
+        (llama_firstlayer_analysis *) nullptr);
+}
+
+void llama_firstlayer_close(llama_firstlayer_analysis * an) {
+    delete an;
+}
+
+int32_t llama_firstlayer_n_vocab(const llama_firstlayer_analysis * an) {
+    return an->model->vocab.n_tokens();
+}
+
+int32_t llama_firstlayer_n_sites(const llama_firstlayer_analysis * an) {
+    return an->sites.size();
+}
+
+int32_t llama_firstlayer_get_site(const llama_firstlayer_analysis * an, int32_t i, llama_firstlayer_site * site) {
+    if (i < 0 || i >= (int32_t) an->sites.size()) {
+        last_error = format("there is no site %d", i);
+        return -1;
+    }
+    *site = { an->sites[i].name.c_str(), an->sites[i].recipe.c_str(), an->sites[i].width, nullptr, 0, true };
+    return 0;
+}
+
+static const char * get_name(const std::vector<std::string> & list, int32_t i) {
+    return i >= 0 && i < (int32_t) list.size() ? list[i].c_str() : nullptr;
+}
+
+const char * llama_firstlayer_get_site_weight(const llama_firstlayer_analysis * an, int32_t i, int32_t j) {
+    return i >= 0 && i < (int32_t) an->sites.size() ? get_name(an->sites[i].weights, j) : nullptr;
+}
+
+const char * llama_firstlayer_get_elidable(const llama_firstlayer_analysis * an, int32_t i) {
+    return get_name(an->elidable, i);
+}
+
+const char * llama_firstlayer_get_blocker(const llama_firstlayer_analysis * an) {
+    return an->blocker.c_str();
+}
+
+int32_t llama_firstlayer_eval(llama_firstlayer_analysis * an,
+                              const llama_token *         tokens,
+                              int32_t                     n_tokens,
+                              float *                     rows) {
+    return guarded(
+        [&] {
+            an->eval(tokens, n_tokens, rows);
+            return 0;
+        },
+        -1);
+}
