@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
 from conftest import PATCHED, REPORT, ROOT, STOCK, run
@@ -89,6 +91,15 @@ def test_smollm_f32_is_exact(batch, smollm, smollm_flp):
     (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
     assert len(stock[batch]) > 400
     assert np.array_equal(stock[batch], ours[batch])
+
+
+def test_repacked_weights_are_exact(smollm, tmp_path):
+    """llama.cpp repacks Q4_0 for kernels of its own; rows must come from the same ones."""
+    source = tmp_path / "q4_0.gguf"
+    subprocess.run([PATCHED / "llama-quantize", "--allow-requantize", smollm, source, "q4_0"], check=True, capture_output=True)
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    difference = compare(source, converted, TEXT[:600], [1, 32, 512])
+    assert set(difference.values()) == {0}
 
 
 def test_smollm_graph(smollm, smollm_flp):
