@@ -110,7 +110,7 @@ class Library:
             FirstLayerError: it is malformed or truncated.
         """
         self.errors.clear()
-        context = self.ggml.gguf_init_from_file(str(path).encode(), _GGUFInitParams(True, None))
+        context = self.ggml.gguf_init_from_file(os.fsencode(path), _GGUFInitParams(True, None))
         if not context:
             reason = self.errors[0] if self.errors else "unknown reason"
             raise FirstLayerError(f"{path} is malformed or truncated ({reason}); download or create it again")
@@ -162,7 +162,7 @@ class Analysis:
     def __init__(self, path: Path, n_batch: int = 512) -> None:
         self._library = library()
         self._library.errors.clear()
-        self._handle = self._library.llama.llama_firstlayer_open(str(path).encode(), n_batch, 0)
+        self._handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
         if not self._handle:
             raise FirstLayerError(f"{path}: {self._error()}")
 
