@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +56,19 @@ class _CSite(ctypes.Structure):
 
 class _GGUFInitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals wait for the end of a call into C: an exception raised in the log callback would be lost there."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class Library:
@@ -110,7 +125,8 @@ class Library:
             FirstLayerError: it is malformed or truncated.
         """
         self.errors.clear()
-        context = self.ggml.gguf_init_from_file(os.fsencode(path), _GGUFInitParams(True, None))
+        with _undisturbed():
+            context = self.ggml.gguf_init_from_file(os.fsencode(path), _GGUFInitParams(True, None))
         if not context:
             reason = self.errors[0] if self.errors else "unknown reason"
             raise FirstLayerError(f"{path} is malformed or truncated ({reason}); download or create it again")
@@ -162,7 +178,8 @@ class Analysis:
     def __init__(self, path: Path, n_batch: int = 512) -> None:
         self._library = library()
         self._library.errors.clear()
-        self._handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
+        with _undisturbed():
+            self._handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
         if not self._handle:
             raise FirstLayerError(f"{path}: {self._error()}")
 
@@ -202,14 +219,17 @@ class Analysis:
         """
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
-        if self._library.llama.llama_firstlayer_eval(self._handle, ids.ctypes.data, len(ids), out.ctypes.data) != 0:
+        with _undisturbed():
+            status = self._library.llama.llama_firstlayer_eval(self._handle, ids.ctypes.data, len(ids), out.ctypes.data)
+        if status != 0:
             raise FirstLayerError(f"the first layer cannot be computed: {self._error()}")
         return out
 
     def close(self) -> None:
         """Free the model; the object must not be used any more."""
         if self._handle:
-            self._library.llama.llama_firstlayer_close(self._handle)
+            with _undisturbed():
+                self._library.llama.llama_firstlayer_close(self._handle)
             self._handle = None
 
     def __enter__(self) -> Analysis:

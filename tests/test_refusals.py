@@ -190,7 +190,7 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
     cut_short = 0
     for _ in range(6):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        time.sleep(rng.uniform(0.5, 5))
+        time.sleep(rng.uniform(1, 5))  # Python itself starts in the first second
         process.send_signal(sent)
         _, errors = process.communicate()
         assert "Traceback" not in errors
@@ -239,6 +239,7 @@ def first(values, value):
         ("firstlayer.site.table", lambda values: first(values, 7), "is in table 7"),
         ("firstlayer.site.column", lambda values: first(values, 4000), "columns 4000 to"),
         ("firstlayer.site.width", lambda values: first(values, 0), "columns 0 to 0"),
+        ("firstlayer.site.width", lambda values: first(values, 4), "no node of the graph matches the recipe"),
         ("firstlayer.site.width", lambda values: values[1:], "elements, expected"),
         ("firstlayer.site.recipe", lambda values: first(values, "mul_mat(a, b)"), "no node of the graph matches the recipe"),
         ("firstlayer.elided.type", lambda values: first(values, 9999), "invalid name, type or shape"),

@@ -231,6 +231,11 @@ void llama_firstlayer_analysis::collect_elidable() {
         }
     }
 
+    // draft models read the token embedding of their target, and so does llama_model_get_tok_embd()
+    if (model->tok_embd) {
+        after.insert(ggml_get_name(model->tok_embd));
+    }
+
     std::set_difference(before.begin(), before.end(), after.begin(), after.end(), std::back_inserter(elidable));
 }
 
@@ -296,19 +301,20 @@ void llama_firstlayer_analysis::prepare_eval() {
         /*.no_alloc   =*/true,
     };
     ctx_eval.reset(ggml_init(params));
-    gf = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
 
-    auto found = find_sites(*walk);
+    const auto found = find_sites(*walk);
+    roots.clear();
     for (const auto & site : sites) {
         ggml_tensor * root = found.at(site.recipe);
         ggml_set_output(root);
-        ggml_build_forward_expand(gf, root);
+        ggml_build_forward_expand(graph, root);
         roots.push_back(root);
     }
 
     llama_firstlayer_walk::tensor_set read;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * t = ggml_graph_node(gf, i);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * t = ggml_graph_node(graph, i);
         read.insert(std::begin(t->src), std::end(t->src));
     }
     for (const auto & [_, t] : model->tensors_by_name) {
@@ -318,9 +324,11 @@ void llama_firstlayer_analysis::prepare_eval() {
     }
 
     alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
-    if (!ggml_gallocr_alloc_graph(alloc.get(), gf)) {
+    if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
         throw std::runtime_error("cannot allocate the memory for computing rows");
     }
+
+    gf = graph;
 }
 
 void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_tokens, float * rows) {
@@ -329,7 +337,8 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
     }
 
     const int32_t n_vocab = model->vocab.n_tokens();
-    if (std::any_of(tokens, tokens + n_tokens, [&](llama_token id) { return id < 0 || id >= n_vocab; })) {
+    if (n_tokens < 0 ||
+        std::any_of(tokens, tokens + n_tokens, [&](llama_token id) { return id < 0 || id >= n_vocab; })) {
         throw std::runtime_error(format("token id out of range, the vocabulary has %d entries", n_vocab));
     }
 

@@ -28,11 +28,9 @@ static bool spans(const ggml_tensor * t, uint8_t axes, int d) {
 
 llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights) {
     for (const auto & input : res.inputs) {
-        if (const auto * inp = dynamic_cast<const llm_graph_input_embd *>(input.get())) {
+        const auto * inp = dynamic_cast<const llm_graph_input_embd *>(input.get());
+        if (inp && inp->tokens) {
             inp_tokens.push_back(inp->tokens);
-            if (inp->embd) {
-                inp_other.push_back(inp->embd);
-            }
         }
     }
 
@@ -375,7 +373,9 @@ ggml_tensor * llama_firstlayer_walk::site_of(ggml_tensor * t) const {
         t = t->src[0];
     }
 
-    return get(t).kind == KIND_PURE && get(t).product ? t : nullptr;
+    // the values of a token must be the ones along axis 0
+    const info & cur = get(t);
+    return cur.kind == KIND_PURE && cur.product && !spans(t, cur.axes, 0) ? t : nullptr;
 }
 
 std::vector<ggml_tensor *> llama_firstlayer_walk::sites() const {
@@ -560,7 +560,8 @@ static std::vector<const char *> param_names(const ggml_tensor * t) {
             return { "dim" };
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
-            return { "prec", "hint" };
+            // the precision of the activations is a policy that comes with the weight, not part of the expression
+            return { "prec", "hint", nullptr, nullptr };
         case GGML_OP_UNARY:
             return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
         case GGML_OP_GLU:
@@ -720,6 +721,9 @@ std::string llama_firstlayer_walk::recipe(const ggml_tensor * t) const {
 // operations that read rows with gaps between them, on every backend
 static bool takes_strided_rows(const ggml_tensor * t) {
     switch (t->op) {
+        case GGML_OP_CPY:
+        case GGML_OP_SET_ROWS:
+            return true;
         case GGML_OP_ROPE:
         case GGML_OP_NORM:
         case GGML_OP_RMS_NORM:
@@ -728,10 +732,8 @@ static bool takes_strided_rows(const ggml_tensor * t) {
         case GGML_OP_MUL:
         case GGML_OP_DIV:
         case GGML_OP_CONT:
-        case GGML_OP_CPY:
         case GGML_OP_CONCAT:
-        case GGML_OP_SET_ROWS:
-            return true;
+            return !t->view_src;  // one that works in place would need new strides itself
         default:
             return false;
     }
@@ -821,16 +823,17 @@ void llama_firstlayer_walk::replace(ggml_context *                              
 
         // the consumers see the rows where they are, if all of them can
         std::vector<layout> layouts;
-        bool                strided = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
-        bool                gaps    = stride != get(site).stride;
+        bool                output  = site->flags & GGML_TENSOR_FLAG_OUTPUT;
+        const bool          gaps    = stride != get(site).stride;
+        bool                strided = stride % 16 == 0 && slot.offset % 16 == 0;  // as kernels that read float4 want it
         for (ggml_tensor * t : nodes) {
             if (!is_live.count(t)) {
                 continue;
             }
             if (is_layout_op(t) && t->view_src == site) {
                 layouts.push_back({ t, {}, 0 });
-                strided = strided && !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-                          translate_layout(t, site, nb, stride, layouts.back().nb, layouts.back().offset);
+                output  = output || (t->flags & GGML_TENSOR_FLAG_OUTPUT);
+                strided = strided && translate_layout(t, site, nb, stride, layouts.back().nb, layouts.back().offset);
                 continue;
             }
             for (const ggml_tensor * src : t->src) {
@@ -843,7 +846,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         std::fill(std::begin(site->src), std::end(site->src), nullptr);
         memset(site->op_params, 0, sizeof(site->op_params));
 
-        if (gaps && !strided) {
+        if (output || (gaps && !strided)) {
             site->op     = GGML_OP_CONT;
             site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1],
                                         nb[2], nb[3], slot.offset);
@@ -873,12 +876,11 @@ void llama_firstlayer_walk::replace(ggml_context *                              
 
     ggml_graph_clear(gf);
 
-    // inputs are set for every batch, so they must be allocated
-    for (ggml_tensor * t : inp_tokens) {
-        ggml_build_forward_order(gf, t);
-    }
-    for (ggml_tensor * t : inp_other) {
-        ggml_build_forward_order(gf, t);
+    // inputs are set for every batch, so they must be allocated, even those that nothing reads
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
+            ggml_build_forward_order(gf, t);
+        }
     }
 
     // the impure nodes keep their order; the others come in where they are needed

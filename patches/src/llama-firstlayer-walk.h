@@ -108,8 +108,7 @@ struct llama_firstlayer_walk {
     int64_t n_tokens = 0;
 
     std::vector<ggml_tensor *> inp_tokens;
-    std::vector<ggml_tensor *> inp_other;  // inputs that must stay in the graph even if nothing reads them
-    std::vector<ggml_tensor *> nodes;      // in graph order
+    std::vector<ggml_tensor *> nodes;  // in graph order
 
     std::unordered_map<const ggml_tensor *, info> infos;
 };

@@ -86,8 +86,9 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
         const std::string   name = "firstlayer." + suffix;
         const ggml_tensor * t    = ml.require_tensor_meta(name);
-        if (t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16 && t->type != GGML_TYPE_BF16 &&
-            !ggml_is_quantized(t->type)) {
+        // as far as get_rows can dequantize: not Q8_1 and Q8_K, which are for activations
+        const bool is_float      = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
+        if (!is_float && (!ggml_is_quantized(t->type) || t->type == GGML_TYPE_Q8_1 || t->type == GGML_TYPE_Q8_K)) {
             throw std::runtime_error(
                 format("table '%s' has type %s, which no lookup can read", name.c_str(), ggml_type_name(t->type)));
         }
@@ -198,10 +199,25 @@ void llama_firstlayer::check(llama_model_base & model) {
     params.n_batch              = 32;
     params.n_ubatch             = 32;
 
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        // the rows are on the host, and their copies on the devices are not split like the KV cache
+        if (!phantoms.empty()) {
+            throw std::runtime_error(
+                "tables cannot be used with split mode 'tensor': choose another one, or convert the "
+                "model again with --keep-weights");
+        }
+        LLAMA_LOG_WARN("%s: tables are not used with split mode 'tensor'\n", __func__);
+        sites.clear();
+        return;
+    }
+
     checking = true;
     const llama_context_ptr ctx(llama_init_from_model(&model, params));
     checking = false;
 
+    if (!ctx && !problem.empty()) {
+        throw std::runtime_error(problem);
+    }
     if (!ctx) {
         // some models only run beside another one; apply() still watches every graph
         LLAMA_LOG_DEBUG("%s: cannot build a graph of this model on its own\n", __func__);
@@ -242,7 +258,7 @@ void llama_firstlayer::rewrite(const llm_graph_params & params, const llama_firs
     for (ggml_tensor * t : walk.candidates(widths)) {
         const std::string recipe = walk.recipe(t);
         for (auto & site : sites) {
-            if (site.recipe != recipe) {
+            if (site.recipe != recipe || site.width != walk.width(t)) {
                 continue;
             }
             if (!rows[site.table]) {
