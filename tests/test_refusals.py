@@ -311,6 +311,20 @@ def test_kept_weights_are_used_where_recipes_differ(llama, tmp_path):
     assert all(np.array_equal(stock[size], ours[size]) for size in (1, 20))
 
 
+def test_model_tells_what_it_uses(llama, llama_flp, tmp_path):
+    table = "firstlayer.0.weight"
+    expected = [("Qcur-0", 256, table, 0, True), ("Vcur-0", 256, table, 256, True), ("Kcur-0", 256, table, 512, True)]
+    kept = convert(llama, tmp_path / "kept.gguf", keep_weights=True).output
+    changed = rewrite(
+        kept, tmp_path / "x.gguf", lambda name, value: first(value, "none") if name == "firstlayer.site.recipe" else value
+    )
+    jobs = [{"run": "uses", "model": path} for path in (llama, llama_flp, changed)]
+    plain, converted, partly = run(PATCHED, *jobs)
+    assert plain == []
+    assert converted == expected
+    assert [used for *_, used in partly] == [False, True, True]
+
+
 def test_embeddings_as_input(llama, llama_flp, tmp_path):
     status, afterwards, messages = run(PATCHED, {"run": "embeddings", "model": llama_flp})[0]
     assert status < 0

@@ -185,6 +185,32 @@ def embeddings(job):
     return status, afterwards, "".join(messages)
 
 
+class Site(ctypes.Structure):
+    """`struct llama_firstlayer_site`."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("recipe", ctypes.c_char_p),
+        ("width", ctypes.c_int64),
+        ("table", ctypes.c_char_p),
+        ("column", ctypes.c_int64),
+        ("used", ctypes.c_bool),
+    ]
+
+
+def uses(job):
+    """What a loaded model says of its sites: (name, width, table, column, used)."""
+    model = Model(job["model"])
+    library, site, results = llama_cpp.llama_cpp._lib, Site(), []
+    handle = ctypes.c_void_p(model.model)
+    for i in range(library.llama_model_firstlayer_n_sites(handle)):
+        assert library.llama_model_firstlayer_get_site(handle, i, ctypes.byref(site)) == 0
+        results.append((site.name.decode(), site.width, site.table.decode(), site.column, site.used))
+    assert library.llama_model_firstlayer_get_site(handle, len(results), ctypes.byref(site)) < 0
+    model.close()
+    return results
+
+
 def load(job):
     """ "" if a model loads, or what llama.cpp said."""
     try:

@@ -194,11 +194,6 @@ void llama_firstlayer::set_weights(const llama_model & model) {
 void llama_firstlayer::check(llama_model_base & model) {
     set_weights(model);
 
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx                = 256;
-    params.n_batch              = 32;
-    params.n_ubatch             = 32;
-
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         // the rows are on the host, and their copies on the devices are not split like the KV cache
         if (!phantoms.empty()) {
@@ -210,6 +205,11 @@ void llama_firstlayer::check(llama_model_base & model) {
         sites.clear();
         return;
     }
+
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx                = 256;
+    params.n_batch              = 32;
+    params.n_ubatch             = 32;
 
     checking = true;
     const llama_context_ptr ctx(llama_init_from_model(&model, params));
@@ -265,8 +265,10 @@ void llama_firstlayer::rewrite(const llm_graph_params & params, const llama_firs
                 rows[site.table] = ggml_get_rows(ctx, tables[site.table].tensor, walk.tokens().front());
                 ggml_format_name(rows[site.table], "firstlayer.%u", site.table);
             }
-            slots[t]  = { rows[site.table], site.column * sizeof(float) };
-            site.used = site.used || checking;
+            slots[t] = { rows[site.table], site.column * sizeof(float) };
+            if (checking) {
+                site.used = true;
+            }
             break;
         }
     }
@@ -292,8 +294,8 @@ ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph
     for (int i = 0; i < ggml_graph_n_nodes(gf) && !phantoms.empty(); ++i) {
         const ggml_tensor * t = ggml_graph_node(gf, i);
         for (const ggml_tensor * src : t->src) {
-            if (src && src->op == GGML_OP_NONE && phantoms.count(ggml_get_name(src)) &&
-                (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            if (src && src->op == GGML_OP_NONE && !src->buffer && (t->flags & GGML_TENSOR_FLAG_COMPUTE) &&
+                phantoms.count(ggml_get_name(src))) {
                 missing = src;
             }
         }
