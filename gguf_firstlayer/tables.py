@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from gguf_firstlayer.errors import FirstLayerError
@@ -88,6 +91,28 @@ def table_name(i: int) -> str:
     return f"firstlayer.{i}.weight"
 
 
+class _Reader(GGUFReader):
+    """A GGUFReader that steps over the elements of long arrays: vocabularies, which would take it 3 KB per entry."""
+
+    _LONG = 4096
+    _HEADER = struct.Struct("<IQ")  # element type and number of elements
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        if raw_type == GGUFValueType.ARRAY:
+            raw_kind, count = self._HEADER.unpack(self.data[orig_offs : orig_offs + self._HEADER.size].tobytes())
+            kind, end = GGUFValueType(raw_kind), orig_offs + self._HEADER.size
+            if count > self._LONG and kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    end += 8 + int.from_bytes(self.data[end : end + 8].tobytes(), "little")
+            elif count > self._LONG and kind in self.gguf_scalar_to_np:
+                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            if end > orig_offs + self._HEADER.size:
+                return end - orig_offs, [self.data[orig_offs:end]], [], [GGUFValueType.ARRAY, kind]
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 def open_gguf(path: Path) -> GGUFReader:
     """Open a GGUF file whose header is sound and whose tensors are all within the file.
 
@@ -108,8 +133,8 @@ def open_gguf(path: Path) -> GGUFReader:
 
     library().validate(path)
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as err:
+        return _Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as err:
         raise FirstLayerError(f"{path} is truncated or malformed ({err}); download or create it again") from err
 
 
