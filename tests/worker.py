@@ -14,6 +14,8 @@ import sys
 import llama_cpp
 import numpy as np
 
+from gguf_firstlayer.runtime import _CSite
+
 GGML_MAX_SRC = 10
 
 
@@ -185,23 +187,10 @@ def embeddings(job):
     return status, afterwards, "".join(messages)
 
 
-class Site(ctypes.Structure):
-    """`struct llama_firstlayer_site`."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("recipe", ctypes.c_char_p),
-        ("width", ctypes.c_int64),
-        ("table", ctypes.c_char_p),
-        ("column", ctypes.c_int64),
-        ("used", ctypes.c_bool),
-    ]
-
-
 def uses(job):
     """What a loaded model says of its sites: (name, width, table, column, used)."""
     model = Model(job["model"])
-    library, site, results = llama_cpp.llama_cpp._lib, Site(), []
+    library, site, results = llama_cpp.llama_cpp._lib, _CSite(), []
     handle = ctypes.c_void_p(model.model)
     for i in range(library.llama_model_firstlayer_n_sites(handle)):
         assert library.llama_model_firstlayer_get_site(handle, i, ctypes.byref(site)) == 0
