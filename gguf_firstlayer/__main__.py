@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from importlib import import_module
 
-from gguf_firstlayer import convert, inspect, paths
 from gguf_firstlayer.errors import FirstLayerError
 
+# verb, which is a module of this package, and an example
 VERBS = {
-    "convert": (sys.modules[convert.__module__], "gguf-firstlayer convert model.gguf"),
-    "inspect": (sys.modules[inspect.__module__], "gguf-firstlayer inspect model-flp.gguf"),
-    "paths": (sys.modules[paths.__module__], "gguf-firstlayer paths --json"),
+    "convert": "gguf-firstlayer convert model.gguf",
+    "inspect": "gguf-firstlayer inspect model-flp.gguf",
+    "paths": "gguf-firstlayer paths --json",
 }
 
 
@@ -20,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for an error that the message explains, 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute for GGUF models.")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (module, example) in VERBS.items():
+    for name, example in VERBS.items():
+        module = import_module(f"gguf_firstlayer.{name}")
         summary = (module.__doc__ or "").split(": ", 1)[1]
         verb = subparsers.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
         module.add_arguments(verb)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,15 +61,23 @@ class _GGUFInitParams(ctypes.Structure):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let signals wait for the end of a call into C: an exception raised in the log callback would be lost there."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Let signals wait for the end of a call into C: an exception raised in the log callback would be lost there.
+
+    Blocking them would not do, since any thread of the process may receive them for the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _frame: received.append(number)) for number in numbers]
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
 
 
 class Library:

@@ -79,6 +79,8 @@ struct llama_firstlayer_walk {
 
     const info & get(const ggml_tensor * t) const;
 
+    static bool is_layout_op(const ggml_tensor * t);
+
     static tensor_set reach(std::vector<const ggml_tensor *> stack, const tensor_set & cut);
 
     info classify(const ggml_tensor * t) const;

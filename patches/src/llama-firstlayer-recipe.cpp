@@ -1,0 +1,206 @@
+#include "llama-firstlayer-walk.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstring>
+#include <locale>
+#include <sstream>
+
+//
+// recipes
+//
+
+// shortest decimal that reads back as the same float, in any locale
+static std::string print_float(float value) {
+    std::string res;
+    for (int precision = 6; precision <= 9; ++precision) {
+        std::ostringstream out;
+        out.imbue(std::locale::classic());
+        out.precision(precision);
+        out << value;
+        res = out.str();
+
+        std::istringstream in(res);
+        in.imbue(std::locale::classic());
+        float back = 0.0f;
+        if (in >> back && back == value) {
+            break;
+        }
+    }
+    return res;
+}
+
+// names of the parameters of an operation, in the order of their words; a trailing ':f' marks a float
+static std::vector<const char *> param_names(const ggml_tensor * t) {
+    switch (t->op) {
+        case GGML_OP_NORM:
+        case GGML_OP_RMS_NORM:
+        case GGML_OP_L2_NORM:
+            return { "eps:f" };
+        case GGML_OP_SCALE:
+            return { "scale:f", "bias:f" };
+        case GGML_OP_CLAMP:
+            return { "min:f", "max:f" };
+        case GGML_OP_SOFT_MAX:
+            return { "scale:f", "max_bias:f" };
+        case GGML_OP_LEAKY_RELU:
+            return { "slope:f" };
+        case GGML_OP_ARGSORT:
+            return { "order" };
+        case GGML_OP_CONCAT:
+            return { "dim" };
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            // the precision of the activations is a policy that comes with the weight, not part of the expression
+            return { "prec", "hint", nullptr, nullptr };
+        case GGML_OP_UNARY:
+            return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
+        case GGML_OP_GLU:
+            return { nullptr, "swapped", "alpha:f", "limit:f" };
+        default:
+            return {};
+    }
+}
+
+static std::string print_list(const std::vector<std::string> & list) {
+    std::string res;
+    for (const auto & item : list) {
+        res += (res.empty() ? "" : ",") + item;
+    }
+    return res;
+}
+
+// the shape without its token axes, which are written as one '*'; strides and offset of views
+std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
+    const info & cur = get(t);
+
+    std::vector<std::string> ne;
+    std::vector<std::string> nb;
+
+    bool   packed = true;
+    size_t next   = ggml_type_size(t->type);
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        if (cur.axes >> d & 1) {
+            if (ne.empty() || ne.back() != "*") {
+                ne.push_back("*");
+            }
+            continue;
+        }
+        ne.push_back(std::to_string(t->ne[d]));
+        nb.push_back(std::to_string(t->nb[d]));
+        packed = packed && (t->ne[d] == 1 || t->nb[d] == next);
+        next   = d == 0 ? ggml_row_size(t->type, t->ne[0]) : next * t->ne[d];
+    }
+    while (ne.size() > 1 && ne.back() == "1") {
+        ne.pop_back();
+    }
+
+    std::string res = print_list(ne);
+    if (t->op == GGML_OP_VIEW) {
+        const size_t offset = t->view_offs - (t->src[0]->view_src ? t->src[0]->view_offs : 0);
+        res += packed ? "" : ";nb=" + print_list(nb);
+        res += offset == 0 ? "" : ";offset=" + std::to_string(offset);
+    }
+    return res;
+}
+
+void llama_firstlayer_walk::print(const ggml_tensor *                            t,
+                                  std::unordered_map<const ggml_tensor *, int> & labels,
+                                  int &                                          n_labels,
+                                  std::string &                                  out) const {
+    if (t->op == GGML_OP_NONE) {
+        out += get(t).kind == KIND_PURE ? "tokens" : t->name;
+        return;
+    }
+
+    const auto label = labels.find(t);
+    if (label != labels.end()) {
+        if (label->second > 0) {
+            out += "$" + std::to_string(label->second);
+            return;
+        }
+        label->second = ++n_labels;
+        out += "$" + std::to_string(n_labels) + ":=";
+    }
+
+    std::string name = t->op == GGML_OP_CPY ? "cast" : ggml_op_desc(t);
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+
+    std::vector<std::string> params;
+    switch (t->op) {
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_CONT:
+        case GGML_OP_REPEAT:
+        case GGML_OP_TOP_K:
+            params.push_back(shape(t));
+            break;
+        case GGML_OP_CPY:
+            params.push_back(ggml_type_name(t->type));
+            break;
+        default:
+            {
+                const auto names = param_names(t);
+                for (size_t i = 0; i < GGML_MAX_OP_PARAMS / sizeof(int32_t); ++i) {
+                    const std::string key = i < names.size() ? (names[i] ? names[i] : "") : "p" + std::to_string(i);
+                    if (key.empty() || t->op_params[i] == 0) {
+                        continue;
+                    }
+                    const size_t colon = key.find(':');
+                    if (colon == std::string::npos) {
+                        params.push_back(key + "=" + std::to_string(t->op_params[i]));
+                    } else {
+                        float value;
+                        memcpy(&value, &t->op_params[i], sizeof(value));
+                        params.push_back(key.substr(0, colon) + "=" + print_float(value));
+                    }
+                }
+            }
+    }
+
+    out += name;
+    if (!params.empty()) {
+        out += "[" + print_list(params) + "]";
+    }
+    out += "(";
+    bool first = true;
+    for (const ggml_tensor * src : t->src) {
+        if (src == nullptr || src == t) {
+            continue;
+        }
+        out += first ? "" : ", ";
+        first = false;
+        print(src, labels, n_labels, out);
+    }
+    out += ")";
+}
+
+std::string llama_firstlayer_walk::recipe(const ggml_tensor * t) const {
+    // without labels the text of a deep graph would grow exponentially
+    std::unordered_map<const ggml_tensor *, int> n_uses;
+    std::vector<const ggml_tensor *>             stack = { t };
+    while (!stack.empty()) {
+        const ggml_tensor * cur = stack.back();
+        stack.pop_back();
+        if (cur->op == GGML_OP_NONE || n_uses[cur]++ > 0) {
+            continue;
+        }
+        for (const ggml_tensor * src : cur->src) {
+            if (src && src != cur) {
+                stack.push_back(src);
+            }
+        }
+    }
+
+    std::unordered_map<const ggml_tensor *, int> labels;
+    for (const auto & [cur, n] : n_uses) {
+        if (n > 1) {
+            labels[cur] = 0;
+        }
+    }
+
+    std::string res;
+    int         n_labels = 0;
+    print(t, labels, n_labels, res);
+    return res;
+}
