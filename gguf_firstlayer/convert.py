@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +19,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFWriter
 from tqdm import tqdm
 
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.paths import paths
 from gguf_firstlayer.runtime import Analysis, Site, analyse, library
+from gguf_firstlayer.source import Source
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,15 +65,11 @@ class Conversion:
 class _Writer(GGUFWriter):
     """A GGUFWriter that starts from the keys of another file, copied byte for byte."""
 
-    def __init__(self, reader: GGUFReader, architecture: str) -> None:
-        super().__init__(None, architecture)
+    def __init__(self, source: Source) -> None:
+        super().__init__(None, source.architecture)
         self.kv_data[0].clear()  # the source has its architecture already
-        self.data_alignment = int(reader.alignment)
-        self._n_source_keys = int(reader.fields["GGUF.kv_count"].contents())
-        start = sum(
-            part.nbytes for name in ("version", "tensor_count", "kv_count") for part in reader.fields[f"GGUF.{name}"].parts
-        )
-        self._source_keys = reader.data[4 + start : reader.tensors[0].field.offset]
+        self.data_alignment = int(source.parts[0].alignment)
+        self._n_source_keys, self._source_keys = source.keys()
 
     @property
     def file(self) -> IO[bytes]:
@@ -78,28 +79,23 @@ class _Writer(GGUFWriter):
     def write_kv_data_to_file(self) -> None:
         self.file.seek(-8, os.SEEK_CUR)
         self.file.write(self._pack("Q", self._n_source_keys + len(self.kv_data[0])))
-        self.file.write(self._source_keys.tobytes())
+        self.file.write(self._source_keys)
         super().write_kv_data_to_file()
 
 
-def fingerprints(reader: GGUFReader, sites: Sequence[Site]) -> dict[str, str]:
+def fingerprints(source: Source, sites: Sequence[Site]) -> dict[str, str]:
     """SHA-256 of the weights that each site was computed from, by recipe.
 
     For every weight in the order of the names: its name, a zero byte, its type and its dimensions as 32 and 4 times 64 bit
     little-endian integers, and the SHA-256 of its data.
     """
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     weights: dict[str, bytes] = {}
     for name in sorted({name for site in sites for name in site.weights}):
-        tensor = tensors[name]
+        tensor = source.tensors[name]
         shape = ([int(size) for size in tensor.shape] + [1] * tab.MAX_DIMS)[: tab.MAX_DIMS]
         header = np.array([int(tensor.tensor_type)], "<u4").tobytes() + np.array(shape, "<u8").tobytes()
-        weights[name] = name.encode() + b"\0" + header + hashlib.sha256(_data(reader, tensor)).digest()
+        weights[name] = name.encode() + b"\0" + header + hashlib.sha256(source.data(name)).digest()
     return {site.recipe: hashlib.sha256(b"".join(weights[name] for name in sorted(site.weights))).hexdigest() for site in sites}
-
-
-def _data(reader: GGUFReader, tensor: ReaderTensor) -> memoryview:
-    return reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes].data
 
 
 def convert(
@@ -108,6 +104,7 @@ def convert(
     *,
     type: str = "q8_0",
     keep_weights: bool = False,
+    split_max_size: str | None = None,
     force: bool = False,
 ) -> Conversion:
     """Write a copy of a GGUF model in which tables replace what its first layer computes from the token alone.
@@ -115,38 +112,40 @@ def convert(
     All other tensors and keys are copied byte for byte. The output appears under its name when it is complete.
 
     Args:
-        source: the model, which is not modified
+        source: the model, which is not modified; of a split model, the first part
         output: default: `x-flp.gguf` beside `x.gguf`
         type: ggml type of the tables, as llama.cpp spells it; where a site's width is no multiple of its block size, f16
         keep_weights: also keep the weights that the tables make superfluous, for LoRA on layer 0 and for batches of
             embeddings (images, audio)
+        split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"
+            (`llama-gguf-split --split-max-size`)
         force: replace an existing output
 
     Raises:
         FirstLayerError: the model cannot be converted, or the output cannot be written; nothing is left behind.
     """
-    source = Path(source)
-    output = Path(output) if output is not None else source.with_name(f"{source.stem}-flp.gguf")
     kind = _table_type(type)
-    reader = tab.open_gguf(source)
-    _check(source, output, reader, force)
+    model = Source(Path(source))
+    output = Path(output) if output is not None else model.path.with_name(f"{model.stem}-flp.gguf")
+    _check(model, output, split_max_size, force)
 
-    with analyse(source) as analysis:
+    with analyse(model.path) as analysis:
         if not analysis.sites:
-            raise FirstLayerError(f"{source}: a {tab.architecture(reader)} model has nothing to precompute: {analysis.blocker}")
+            raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
 
         tables, placed = tab.layout(analysis.sites, kind, analysis.n_vocab)
-        prints = fingerprints(reader, analysis.sites)
+        prints = fingerprints(model, analysis.sites)
         sites = [tab.Placed(s.name, s.recipe, s.width, table, column, prints[s.recipe]) for s, table, column in placed]
         dropped = set() if keep_weights else set(analysis.elidable)
         elided = [
             tab.Elided(t.name, t.tensor_type, tuple(int(size) for size in t.shape), t.n_bytes)
-            for t in reader.tensors
+            for t in model.tensors.values()
             if t.name in dropped
         ]
-        kept = [tensor for tensor in reader.tensors if tensor.name not in dropped]
+        kept = [tensor for tensor in model.tensors.values() if tensor.name not in dropped]
 
-        needed = sum(t.n_bytes for t in kept) + sum(t.bytes for t in tables) + reader.data_offset + (1 << 20)
+        needed = sum(t.n_bytes for t in kept) + sum(t.bytes for t in tables) + model.parts[0].data_offset + (1 << 20)
+        needed *= 2 if split_max_size else 1
         free = shutil.disk_usage(output.parent).free
         if needed > free:
             raise FirstLayerError(
@@ -154,7 +153,7 @@ def convert(
             )
 
         with _replacing(output) as temporary:
-            writer = _Writer(reader, tab.architecture(reader))
+            writer = _Writer(model)
             for key, value, value_type, sub_type in tab.metadata(sites, elided):
                 writer.add_key_value(key, value, value_type, sub_type)
             for tensor in kept:
@@ -170,15 +169,31 @@ def convert(
                 writer.write_ti_data_to_file()
                 writer.write_padding(writer.file, writer.file.tell())
                 for tensor in kept:
-                    writer.file.write(_data(reader, tensor))
+                    writer.file.write(model.data(tensor.name))
                     writer.write_padding(writer.file, tensor.n_bytes)
                 _write_tables(writer, analysis, tables, placed)
-                writer.file.flush()
-                os.fsync(writer.file.fileno())
             finally:
                 writer.close()
+            if split_max_size:
+                _split(temporary, split_max_size)
+            output = min(temporary.parent.iterdir())
+            output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
-    return Conversion(source, output, sites, tables, elided, source.stat().st_size, output.stat().st_size)
+    output = Path(output.parent.parent, output.name)
+    return Conversion(model.path, output, sites, tables, elided, model.bytes, output_bytes)
+
+
+def _split(path: Path, max_size: str) -> None:
+    """Replace a file by parts of it, with llama.cpp's own tool."""
+    tool = paths().get("gguf-split")
+    if tool is None:
+        raise FirstLayerError("llama-gguf-split is not built, so the output cannot be split")
+    command: list[str | Path] = [tool, "--split", "--split-max-size", max_size, path, path.with_suffix("")]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        lines = (done.stderr + done.stdout).strip().splitlines() or ["it gave no reason"]
+        raise FirstLayerError(f"the output cannot be split into parts of {max_size}: {lines[-1]}")
+    path.unlink()
 
 
 def _table_type(name: str) -> GGMLQuantizationType:
@@ -190,50 +205,56 @@ def _table_type(name: str) -> GGMLQuantizationType:
     return kind
 
 
-def _check(source: Path, output: Path, reader: GGUFReader, force: bool) -> None:
+def _check(model: Source, output: Path, split_max_size: str | None, force: bool) -> None:
     """Refuse what can be refused from the header."""
-    if reader.get_field(tab.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{source} is already converted; convert the original model")
-    if not reader.tensors:
-        raise FirstLayerError(f"{source} holds a vocabulary only, there are no weights to precompute from")
-    split = reader.get_field("split.count")
-    if split is not None and split.contents() > 1:
-        raise FirstLayerError(f"{source} is one part of a split model; join it with llama-gguf-split --merge first")
-    if output.exists() and output.samefile(source):
-        raise FirstLayerError(f"{output} is the source itself; choose another name with -o")
+    if model.get_field(tab.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{model.path} is already converted; convert the original model")
+    if not model.tensors:
+        raise FirstLayerError(f"{model.path} holds a vocabulary only, there are no weights to precompute from")
+    if split_max_size is not None and not re.fullmatch(r"[1-9]\d{0,6}[MG]", split_max_size):
+        raise FirstLayerError(f"{split_max_size} is no size of a part; give one like 500M or 2G")
     if output.is_dir() or not output.parent.is_dir():
         raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
-    if output.exists() and not force:
-        raise FirstLayerError(f"{output} exists; replace it with --force, or choose another name with -o")
+    outputs = [output] if output.exists() else []
+    if split_max_size is not None:
+        outputs = sorted(output.parent.glob(f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"))
+    for path in outputs:
+        if any(path.samefile(part) for part in model.paths):
+            raise FirstLayerError(f"{path} is the source itself; choose another name with -o")
+        if not force:
+            raise FirstLayerError(f"{path} exists; replace it with --force, or choose another name with -o")
 
 
 @contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """A temporary file beside the output that takes its place in the end, or disappears."""
+    """A file of the output's name in a temporary folder beside it; what is in the folder moves out in the end."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
     except OSError as err:
         raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
-        temporary.replace(output)
+        yield folder / output.name
+        parts = sorted(folder.iterdir(), reverse=True)  # without its first part, a split model is not there
+        for part in parts:
+            _sync(part)
+        for part in parts:
+            part.replace(output.with_name(part.name))
+        _sync(output.parent)
     except OSError as err:
         raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    # the new name survives a power failure
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+def _sync(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_tables(
@@ -246,21 +267,21 @@ def _write_tables(
         start.append(end)
         end += GGUFWriter.ggml_pad(table.bytes, writer.data_alignment)
 
-    # the analysis returns the sites in the order of the graph, the tables have an order of their own
+    # first value of each site in the rows that the analysis returns, which are in the order of the graph
     offsets = dict(zip(analysis.sites, np.cumsum([0] + [site.width for site in analysis.sites]).tolist(), strict=False))
-    columns = [
-        np.concatenate([np.arange(offsets[site], offsets[site] + site.width) for site, number, _ in placed if number == i])
-        for i in range(len(tables))
-    ]
 
     n_chunk = max(1, CHUNK_BYTES // (4 * sum(site.width for site in analysis.sites)))
     with tqdm(total=analysis.n_vocab, unit="token", desc="tables", disable=None) as progress:
         for first in range(0, analysis.n_vocab, n_chunk):
             tokens = np.arange(first, min(first + n_chunk, analysis.n_vocab))
             rows = analysis.rows(tokens)
-            for table, offset, column in zip(tables, start, columns, strict=True):
-                writer.file.seek(offset + first * table.row_bytes)
-                writer.file.write(library().quantize(rows[:, column], table.type).data)
+            for i, table in enumerate(tables):
+                table_rows = np.zeros((len(tokens), table.width), dtype=np.float32)
+                for site, number, column in placed:
+                    if number == i:
+                        table_rows[:, column : column + site.width] = rows[:, offsets[site] : offsets[site] + site.width]
+                writer.file.seek(start[i] + first * table.row_bytes)
+                writer.file.write(library().quantize(table_rows, table.type).data)
             progress.update(len(tokens))
 
     writer.file.truncate(end)
@@ -295,13 +316,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--type", default="q8_0", metavar="TYPE", help=f"type of the tables: {', '.join(TYPES)} (default: q8_0)"
     )
     parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
+    parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of this size at most, as llama-gguf-split does")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `convert` from the command line."""
-    result = convert(args.source, args.output, type=args.type, keep_weights=args.keep_weights, force=args.force)
+    result = convert(
+        args.source,
+        args.output,
+        type=args.type,
+        keep_weights=args.keep_weights,
+        split_max_size=args.split_max_size,
+        force=args.force,
+    )
     print(to_json(result) if args.json else summary(result))
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.convert import size_text, to_json
 from gguf_firstlayer.runtime import Site, analyse
+from gguf_firstlayer.source import Source
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Inspection:
     """What is in a GGUF file.
 
     Attributes:
-        path, architecture, file_bytes: of the file
+        path, architecture, file_bytes: of the file; of all parts of a split model
         converted: whether it holds tables
         sites: `tables.Placed` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
@@ -44,9 +45,9 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         FirstLayerError: it cannot be read, or llama.cpp cannot load it.
     """
     path = Path(path)
-    reader = tab.open_gguf(path)
-    architecture, file_bytes = tab.architecture(reader), path.stat().st_size
-    sites, tables, elided = tab.read(reader)
+    source = Source(path)
+    architecture, file_bytes = source.architecture, source.bytes
+    sites, tables, elided = tab.read(source)
     if sites:
         return Inspection(path, architecture, file_bytes, True, sites, tables, elided, [], "")
     with analyse(path) as analysis:

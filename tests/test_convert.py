@@ -102,8 +102,17 @@ def test_blocks_do_not_mix_sites(archs):
     """Sites whose width is no multiple of the block get a table of their own."""
     with Analysis(archs / "falcon-h1-dense.gguf") as analysis:
         tables, placed = layout(analysis.sites, gguf.GGMLQuantizationType.Q8_0, analysis.n_vocab)
-    assert [(table.type.name, table.width) for table in tables] == [("Q8_0", 768), ("F16", 1540)]
-    assert [(site.width, number, column) for site, number, column in placed][-2:] == [(1538, 1, 0), (2, 1, 1538)]
+    assert [(table.type.name, table.width) for table in tables] == [("Q8_0", 2304), ("F16", 4)]
+    assert [(site.width, number, column) for site, number, column in placed][-2:] == [(512, 0, 1792), (2, 1, 0)]
+
+
+def test_sites_are_aligned(archs):
+    """Kernels read rows in vectors of four floats, so each site begins at a multiple of 16 bytes."""
+    with Analysis(archs / "qwen35-dense.gguf") as analysis:
+        tables, placed = layout(analysis.sites, gguf.GGMLQuantizationType.F32, analysis.n_vocab)
+        assert [site.width for site in analysis.sites] == [768, 2, 2, 256]
+    assert [column for _, _, column in placed] == [0, 768, 772, 776]
+    assert tables[0].width == 1032
 
 
 def test_fingerprint_changes_with_the_weights(llama, tmp_path):

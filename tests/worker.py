@@ -88,21 +88,24 @@ class Model:
         llama_cpp.llama_model_free(self.model)
 
 
-def decode(context, tokens, first, embd=None):
-    """Run tokens (or embeddings) at positions first, first + 1, ... and ask for all logits. Returns the status."""
+def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.llama_decode):
+    """Run tokens (or embeddings) at positions first, first + 1, ... and ask for all logits. Returns the status.
+
+    parallel: each token is a sequence of its own
+    """
     n = len(tokens)
     batch = llama_cpp.llama_batch_init(n, 0 if embd is None else embd.shape[1], 1)
     batch.n_tokens = n
     for i in range(n):
         if embd is None:
             batch.token[i] = tokens[i]
-        batch.pos[i] = first + i
+        batch.pos[i] = first + (0 if parallel else i)
         batch.n_seq_id[i] = 1
-        batch.seq_id[i][0] = 0
+        batch.seq_id[i][0] = i if parallel else 0
         batch.logits[i] = 1
     if embd is not None:
         ctypes.memmove(batch.embd, embd.ctypes.data, embd.nbytes)
-    status = llama_cpp.llama_decode(context, batch)
+    status = run(context, batch)
     llama_cpp.llama_batch_free(batch)
     return status
 
@@ -133,6 +136,48 @@ def logits(job):
     return results
 
 
+def outputs(job):
+    """What any kind of model computes of tokens, F32 [n, width] for each batch size.
+
+    Decoders: logits of a sequence of all tokens. Encoders that have a decoder: the same, after they have encoded the tokens.
+    Embedding models: a vector per token, each batch a sequence of its own; "parallel" is all tokens in one batch, each a
+    sequence of its own.
+    """
+    model = Model(job["model"])
+    tokens = model.tokens(job["tokens"])
+    # drafts have encoders as well, but for hidden states of the model they draft for
+    encodes = llama_cpp.llama_model_has_encoder(model.model) and llama_cpp.llama_model_decoder_start_token(model.model) >= 0
+    decodes = llama_cpp.llama_model_has_decoder(model.model)
+    context = model.context(flash_attn_type=0)
+    pools = llama_cpp.llama_pooling_type(context) > 0 or not llama_cpp.llama_get_memory(context)
+    llama_cpp.llama_free(context)
+    embeds = pools or not decodes
+
+    def batch(context, part, first, **options):
+        step = llama_cpp.llama_encode if embeds else llama_cpp.llama_decode
+        if (status := decode(context, part, first, run=step, **options)) != 0:
+            raise RuntimeError(f"{step.__name__} returned {status}: {''.join(messages)}")
+        get, width = llama_cpp.llama_get_logits, model.n_vocab
+        if embeds:
+            get, width = llama_cpp.llama_get_embeddings, llama_cpp.llama_model_n_embd_out(model.model)
+        return np.ctypeslib.as_array(get(context), (len(part), width)).copy()
+
+    results = {}
+    for size in job["batches"]:
+        options = {"embeddings": True, "pooling_type": 0, "n_seq_max": len(tokens), "kv_unified": True} if embeds else {}
+        context = model.context(flash_attn_type=0, n_threads=1, n_threads_batch=1, **options)
+        if encodes and decodes:
+            assert decode(context, tokens, run=llama_cpp.llama_encode) == 0
+        if size == "parallel":
+            results[size] = batch(context, tokens, 0, parallel=True) if embeds else None
+        else:
+            parts = [(first, tokens[first : first + size]) for first in range(0, len(tokens), size)]
+            results[size] = np.concatenate([batch(context, part, 0 if embeds else first) for first, part in parts])
+        llama_cpp.llama_free(context)
+    model.close()
+    return results
+
+
 def greedy(job):
     """Greedy continuations, as token ids, of several prompts."""
     model = Model(job["model"])
@@ -154,7 +199,10 @@ def greedy(job):
 
 
 def graph(job):
-    """The computed nodes of one batch: (operation, name, names of the operands)."""
+    """The computed nodes of one batch: (operation, name, names of the operands).
+
+    encode: of a batch that is encoded
+    """
     model = Model(job["model"])
     op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
     op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]

@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -30,6 +31,7 @@ struct llama_firstlayer_analysis {
         std::string              recipe;
         int64_t                  width;
         std::vector<std::string> weights;
+        llm_graph_type           gtype;  // of the graph it was found in
     };
 
     llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads);
@@ -47,7 +49,7 @@ struct llama_firstlayer_analysis {
     // build a graph and show it to `observe`
     void build(uint32_t n_tokens);
 
-    void collect_sites(const llama_firstlayer_walk & walk);
+    void collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk);
     void collect_elidable();
 
     // names of the model weights among tensors
@@ -64,17 +66,23 @@ struct llama_firstlayer_analysis {
 
     uint32_t n_seqs = 1;
 
-    bool seen_graph = false;
+    std::set<llm_graph_type> seen;
+
+    // a node of one of the graphs
+    struct root {
+        const llama_firstlayer_walk * walk;
+        ggml_tensor *                 tensor;
+    };
 
     // evaluation
-    std::unique_ptr<llama_firstlayer_walk> walk;
-    std::unique_ptr<llama_model_loader>    ml;
-    std::vector<ggml_tensor *>             roots;  // a node for each site
-    ggml_context_ptr                       ctx_eval;
-    ggml_cgraph *                          gf = nullptr;
-    ggml_gallocr_ptr                       alloc;
-    ggml_backend_ptr                       backend;
-    std::vector<ggml_backend_buffer_ptr>   bufs;
+    std::map<llm_graph_type, llama_firstlayer_walk> walks;
+    std::unique_ptr<llama_model_loader>             ml;
+    std::vector<root>                               roots;  // one for each site
+    ggml_context_ptr                                ctx_eval;
+    ggml_cgraph *                                   gf = nullptr;
+    ggml_gallocr_ptr                                alloc;
+    ggml_backend_ptr                                backend;
+    std::vector<ggml_backend_buffer_ptr>            bufs;
 };
 
 llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads) :
@@ -107,6 +115,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, in
     cparams.n_batch              = n_batch;
     cparams.n_ubatch             = n_batch;
     cparams.n_seq_max            = n_seqs;
+    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
 
     ctx.reset(llama_init_from_model(model.get(), cparams));
     if (!ctx) {
@@ -115,8 +124,8 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, in
 
     model->firstlayer = std::make_unique<llama_firstlayer>();
     model->firstlayer->set_weights(*model);
-    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & walk) {
-        collect_sites(walk);
+    model->firstlayer->observe = [this](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        collect_sites(params.gtype, walk);
     };
 
     // a site must be there for prefill and for decode
@@ -150,30 +159,29 @@ std::set<std::string> llama_firstlayer_analysis::names(const llama_firstlayer_wa
 
 std::unordered_map<std::string, ggml_tensor *> llama_firstlayer_analysis::find_sites(
     const llama_firstlayer_walk & walk) const {
-    std::unordered_set<int64_t> widths;
+    std::unordered_set<std::string> hints;
     for (const auto & site : sites) {
-        widths.insert(site.width);
+        hints.insert(walk.hint(site.recipe, site.width));
     }
 
     std::unordered_map<std::string, ggml_tensor *> res;
-    for (ggml_tensor * t : walk.candidates(widths)) {
+    for (ggml_tensor * t : walk.candidates(hints)) {
         res.emplace(walk.recipe(t), t);
     }
     return res;
 }
 
-void llama_firstlayer_analysis::collect_sites(const llama_firstlayer_walk & walk) {
-    if (!seen_graph) {
-        seen_graph = true;
-
-        for (ggml_tensor * t : walk.sites()) {
+void llama_firstlayer_analysis::collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk) {
+    if (seen.insert(gtype).second) {
+        for (ggml_tensor * t : walk.sites(model->vocab.n_tokens())) {
             const std::string recipe = walk.recipe(t);
             const bool        known =
                 std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
             if (!known) {
                 const auto reads = names(walk.ancestors(t));
                 sites.push_back({
-                    ggml_get_name(t), recipe, walk.width(t), { reads.begin(), reads.end() }
+                    ggml_get_name(t), recipe, walk.width(t), { reads.begin(), reads.end() },
+                       gtype
                 });
             }
         }
@@ -184,7 +192,8 @@ void llama_firstlayer_analysis::collect_sites(const llama_firstlayer_walk & walk
     }
 
     const auto found = find_sites(walk);
-    sites.erase(std::remove_if(sites.begin(), sites.end(), [&](const site & s) { return !found.count(s.recipe); }),
+    sites.erase(std::remove_if(sites.begin(), sites.end(),
+                               [&](const site & s) { return s.gtype == gtype && !found.count(s.recipe); }),
                 sites.end());
     if (sites.empty() && blocker.empty()) {
         blocker = "what its graph computes from the token ids depends on the shape of the batch";
@@ -195,7 +204,7 @@ void llama_firstlayer_analysis::collect_elidable() {
     std::set<std::string> before;
     std::set<std::string> after;
 
-    model->firstlayer->observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+    model->firstlayer->observe = [&](const llm_graph_params &, const llama_firstlayer_walk & walk) {
         llama_firstlayer_walk::tensor_set cut;
         const auto                        found = find_sites(walk);
         for (const auto & site : sites) {
@@ -206,15 +215,6 @@ void llama_firstlayer_analysis::collect_elidable() {
         }
         before.merge(names(walk.live({})));
         after.merge(names(walk.live(cut)));
-
-        if (params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(model.get())) {
-            llm_graph_result res(params.res->get_max_nodes());
-            llm_graph_params encoder = params;
-            encoder.gtype            = LLM_GRAPH_TYPE_ENCODER;
-            encoder.mctx             = nullptr;
-            encoder.res              = &res;
-            model->build_graph(encoder);
-        }
     };
 
     build(n_batch);
@@ -226,6 +226,7 @@ void llama_firstlayer_analysis::collect_elidable() {
         cparams.n_batch              = 32;
         cparams.n_ubatch             = 32;
         cparams.ctx_type             = LLAMA_CONTEXT_TYPE_MTP;
+        cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;
         if (!llama_context_ptr(llama_init_from_model(model.get(), cparams))) {
             throw std::runtime_error("llama.cpp cannot build the graph of the model's MTP layers");
         }
@@ -274,8 +275,8 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
 }
 
 void llama_firstlayer_analysis::prepare_eval() {
-    model->firstlayer->observe = [this](const llm_graph_params &, const llama_firstlayer_walk & cur) {
-        walk = std::make_unique<llama_firstlayer_walk>(cur);
+    model->firstlayer->observe = [this](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        walks.insert_or_assign(params.gtype, walk);
     };
     build(n_batch);
 
@@ -303,13 +304,13 @@ void llama_firstlayer_analysis::prepare_eval() {
     ctx_eval.reset(ggml_init(params));
     ggml_cgraph * graph = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
 
-    const auto found = find_sites(*walk);
     roots.clear();
     for (const auto & site : sites) {
-        ggml_tensor * root = found.at(site.recipe);
-        ggml_set_output(root);
+        const auto &  walk = walks.at(site.gtype);
+        ggml_tensor * root = find_sites(walk).at(site.recipe);
+        ggml_set_output(root->view_src ? root->view_src : root);
         ggml_build_forward_expand(graph, root);
-        roots.push_back(root);
+        roots.push_back({ &walk, root });
     }
 
     llama_firstlayer_walk::tensor_set read;
@@ -352,9 +353,11 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
 
         std::vector<llama_token> batch(tokens + first, tokens + first + n);
         batch.resize(n_batch, batch.back());
-        for (ggml_tensor * inp : walk->tokens()) {
-            if (inp->buffer) {
-                ggml_backend_tensor_set(inp, batch.data(), 0, ggml_nbytes(inp));
+        for (const auto & [_, walk] : walks) {
+            for (ggml_tensor * inp : walk.tokens()) {
+                if (inp->buffer) {
+                    ggml_backend_tensor_set(inp, batch.data(), 0, ggml_nbytes(inp));
+                }
             }
         }
 
@@ -363,7 +366,7 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
         }
 
         int64_t column = 0;
-        for (const ggml_tensor * root : roots) {
+        for (const auto & [walk, root] : roots) {
             int64_t i[GGML_MAX_DIMS];
             for (i[3] = 0; i[3] < root->ne[3]; ++i[3]) {
                 for (i[2] = 0; i[2] < root->ne[2]; ++i[2]) {

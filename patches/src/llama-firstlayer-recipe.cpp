@@ -55,6 +55,10 @@ static std::vector<const char *> param_names(const ggml_tensor * t) {
             return { "prec", "hint", nullptr, nullptr };
         case GGML_OP_UNARY:
             return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
+        case GGML_OP_DSV4_HC_PRE:
+            return { "scale:f", "gated" };
+        case GGML_OP_DSV4_HC_COMB:
+            return { "eps:f", "n_iter" };
         case GGML_OP_GLU:
             return { nullptr, "swapped", "alpha:f", "limit:f" };
         default:
@@ -104,6 +108,12 @@ std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
     return res;
 }
 
+std::string llama_firstlayer_walk::op_name(const ggml_tensor * t) {
+    std::string res = t->op == GGML_OP_CPY ? "cast" : ggml_op_desc(t);
+    std::transform(res.begin(), res.end(), res.begin(), [](unsigned char c) { return std::tolower(c); });
+    return res;
+}
+
 void llama_firstlayer_walk::print(const ggml_tensor *                            t,
                                   std::unordered_map<const ggml_tensor *, int> & labels,
                                   int &                                          n_labels,
@@ -122,9 +132,6 @@ void llama_firstlayer_walk::print(const ggml_tensor *                           
         label->second = ++n_labels;
         out += "$" + std::to_string(n_labels) + ":=";
     }
-
-    std::string name = t->op == GGML_OP_CPY ? "cast" : ggml_op_desc(t);
-    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
 
     std::vector<std::string> params;
     switch (t->op) {
@@ -158,7 +165,7 @@ void llama_firstlayer_walk::print(const ggml_tensor *                           
             }
     }
 
-    out += name;
+    out += op_name(t);
     if (!params.empty()) {
         out += "[" + print_list(params) + "]";
     }

@@ -46,10 +46,19 @@ bool llama_firstlayer_walk::translate_layout(const ggml_tensor * t,
                                              size_t              nb[GGML_MAX_DIMS],
                                              size_t &            offset) const {
     const size_t stride_old = get(site).stride;
+    const size_t offset_old = t->view_offs - site->view_offs;
 
-    if (stride_old > 0) {
-        // tokens move apart, the values of a token stay as they are
-        size_t last = t->view_offs % stride_old + ggml_type_size(t->type);
+    // a site that is a view may skip values within a token
+    size_t packed_nb[GGML_MAX_DIMS];
+    row_strides(site, stride_old, packed_nb);
+    bool packed = stride_old > 0;
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        packed = packed && (site->ne[d] == 1 || site->nb[d] == packed_nb[d]);
+    }
+
+    if (packed) {
+        // tokens move apart or together, the values of a token stay as they are
+        size_t last = offset_old % stride_old + ggml_type_size(t->type);
         for (int d = 0; d < GGML_MAX_DIMS; ++d) {
             if (t->nb[d] < stride_old) {
                 nb[d] = t->nb[d];
@@ -62,27 +71,99 @@ bool llama_firstlayer_walk::translate_layout(const ggml_tensor * t,
                 return false;
             }
         }
-        offset = t->view_offs / stride_old * stride + t->view_offs % stride_old;
-        return last <= stride_old;
+        offset = offset_old / stride_old * stride + offset_old % stride_old;
+        return last <= width(site) * ggml_type_size(t->type);
     }
 
-    // a permutation of the site's axes
+    int     axis[GGML_MAX_DIMS];
+    int64_t first[GGML_MAX_DIMS];
+    if (!map_view(t, site, axis, first)) {
+        return false;
+    }
+    offset = 0;
     for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-        nb[d] = stride;
-        if (t->ne[d] == 1) {
+        nb[d] = axis[d] >= 0 ? site_nb[axis[d]] : stride;
+        offset += first[d] * site_nb[d];
+    }
+    return true;
+}
+
+static void make_view(ggml_tensor * t, const llama_firstlayer_walk::slot & slot, const size_t * nb, size_t offset) {
+    t->view_src  = slot.rows;
+    t->view_offs = slot.offset + offset;
+    std::copy_n(nb, GGML_MAX_DIMS, t->nb);
+    if (t->op != GGML_OP_PERMUTE && t->op != GGML_OP_TRANSPOSE) {
+        t->op = GGML_OP_VIEW;
+        memcpy(t->op_params, &t->view_offs, sizeof(t->view_offs));
+    }
+}
+
+void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
+                                         ggml_tensor *      site,
+                                         const slot &       slot,
+                                         const tensor_set & is_live) const {
+    struct layout {
+        ggml_tensor * t;
+        size_t        nb[GGML_MAX_DIMS];
+        size_t        offset;
+    };
+
+    const size_t stride = slot.rows->nb[1];
+
+    // the site and the layout operations on it become views of the rows, if their consumers can read them there
+    std::vector<layout> layouts;
+    tensor_set          below     = { site };
+    const ggml_tensor * memory    = site->view_src ? site->view_src : site;
+    const bool          unchanged = memory == site && stride == get(site).stride;
+    bool                as_views  = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
+
+    // who reads a view reads values with gaps between the tokens in any case
+    const bool aligned = stride % 16 == 0 && slot.offset % 16 == 0;  // as kernels that read float4 want it
+    const bool gaps_ok = unchanged || memory != site;
+
+    size_t nb[GGML_MAX_DIMS];
+    row_strides(site, stride, nb);
+    layouts.push_back({ site, {}, 0 });
+    std::copy_n(unchanged ? site->nb : nb, GGML_MAX_DIMS, layouts.back().nb);
+
+    for (ggml_tensor * t : nodes) {
+        if (t == site || !is_live.count(t)) {
             continue;
         }
-        int e = 0;
-        while (e < GGML_MAX_DIMS && !(site->ne[e] == t->ne[d] && site->nb[e] == t->nb[d])) {
-            e++;
+        if (is_layout_op(t) && below.count(t->src[0])) {
+            below.insert(t);
+            layouts.push_back({ t, {}, t->view_offs });
+            std::copy_n(t->nb, GGML_MAX_DIMS, layouts.back().nb);
+            as_views = as_views && !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
+                       (unchanged || translate_layout(t, site, nb, stride, layouts.back().nb, layouts.back().offset));
+            continue;
         }
-        if (e == GGML_MAX_DIMS) {
-            return false;
+        const bool consumes = std::any_of(std::begin(t->src), std::end(t->src),
+                                          [&](const ggml_tensor * src) { return src && src != t && below.count(src); });
+        if (consumes) {
+            as_views = as_views && t->view_src != memory && (gaps_ok || (aligned && takes_strided_rows(t)));
         }
-        nb[d] = site_nb[e];
     }
-    offset = t->view_offs;
-    return offset == 0;
+
+    if (!as_views && memory != site) {
+        return;  // computed as usual; the loader complains if weights are missing for that
+    }
+
+    std::fill(std::begin(site->src), std::end(site->src), nullptr);
+    memset(site->op_params, 0, sizeof(site->op_params));
+
+    if (!as_views) {
+        site->op     = GGML_OP_CONT;
+        site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1], nb[2],
+                                    nb[3], slot.offset);
+        return;
+    }
+
+    site->op     = GGML_OP_VIEW;
+    site->src[0] = slot.rows;
+    for (const auto & cur : layouts) {
+        make_view(cur.t, slot, cur.nb, cur.offset);
+    }
 }
 
 void llama_firstlayer_walk::replace(ggml_context *                                  ctx,
@@ -94,73 +175,11 @@ void llama_firstlayer_walk::replace(ggml_context *                              
     }
     const tensor_set is_live = live(cut);
 
-    struct layout {
-        ggml_tensor * t;
-        size_t        nb[GGML_MAX_DIMS];
-        size_t        offset;
-    };
-
-    for (const auto & [site, slot] : slots) {
-        if (!is_live.count(site)) {
-            continue;
+    for (ggml_tensor * t : nodes) {
+        const auto it = slots.find(t);
+        if (it != slots.end() && is_live.count(t)) {
+            replace_site(ctx, t, it->second, is_live);
         }
-
-        const size_t stride = slot.rows->nb[1];
-
-        size_t nb[GGML_MAX_DIMS];
-        row_strides(site, stride, nb);
-
-        // the consumers see the rows where they are, if all of them can
-        std::vector<layout> layouts;
-        bool                output  = site->flags & GGML_TENSOR_FLAG_OUTPUT;
-        const bool          gaps    = stride != get(site).stride;
-        bool                strided = stride % 16 == 0 && slot.offset % 16 == 0;  // as kernels that read float4 want it
-        for (ggml_tensor * t : nodes) {
-            if (!is_live.count(t)) {
-                continue;
-            }
-            if (is_layout_op(t) && t->view_src == site) {
-                layouts.push_back({ t, {}, 0 });
-                output  = output || (t->flags & GGML_TENSOR_FLAG_OUTPUT);
-                strided = strided && translate_layout(t, site, nb, stride, layouts.back().nb, layouts.back().offset);
-                continue;
-            }
-            for (const ggml_tensor * src : t->src) {
-                if (src && (src == site || src->view_src == site)) {
-                    strided = strided && takes_strided_rows(t);
-                }
-            }
-        }
-
-        std::fill(std::begin(site->src), std::end(site->src), nullptr);
-        memset(site->op_params, 0, sizeof(site->op_params));
-
-        if (output || (gaps && !strided)) {
-            site->op     = GGML_OP_CONT;
-            site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1],
-                                        nb[2], nb[3], slot.offset);
-            continue;
-        }
-
-        const auto to_view = [&](ggml_tensor * t, const size_t * t_nb, size_t offset) {
-            t->view_src  = slot.rows;
-            t->view_offs = slot.offset + offset;
-            std::copy_n(t_nb, GGML_MAX_DIMS, t->nb);
-            if (t->op != GGML_OP_PERMUTE && t->op != GGML_OP_TRANSPOSE) {
-                t->op = GGML_OP_VIEW;
-                memcpy(t->op_params, &t->view_offs, sizeof(t->view_offs));
-            }
-        };
-
-        for (const auto & cur : layouts) {
-            if (gaps) {
-                to_view(cur.t, cur.nb, cur.offset);
-            } else {
-                to_view(cur.t, cur.t->nb, cur.t->view_offs);
-            }
-        }
-        site->src[0] = slot.rows;
-        to_view(site, gaps ? nb : site->nb, 0);
     }
 
     ggml_graph_clear(gf);

@@ -23,11 +23,26 @@ static bool spans(const ggml_tensor * t, uint8_t axes, int d) {
 // classification
 //
 
-llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights) {
+llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
+                                             const tensor_set &       weights,
+                                             const ggml_tensor *      tok_embd) {
+    ggml_cgraph * gf = res.get_gf();
+
+    if (res.get_inp_tokens()) {
+        inp_tokens.push_back(res.get_inp_tokens());
+    }
     for (const auto & input : res.inputs) {
         const auto * inp = dynamic_cast<const llm_graph_input_embd *>(input.get());
-        if (inp && inp->tokens) {
+        if (inp && inp->tokens && inp->tokens != res.get_inp_tokens()) {
             inp_tokens.push_back(inp->tokens);
+        }
+    }
+
+    // without them, whatever indexes the token embedding is token ids: architectures may substitute some
+    for (int i = 0; i < ggml_graph_n_nodes(gf) && inp_tokens.empty(); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+        if (t->op == GGML_OP_GET_ROWS && t->src[0] == tok_embd && (t->src[1]->flags & GGML_TENSOR_FLAG_INPUT)) {
+            inp_tokens.push_back(t->src[1]);
         }
     }
 
@@ -44,8 +59,6 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res, const
     for (const ggml_tensor * t : weights) {
         infos[t].kind = KIND_CONSTANT;
     }
-
-    ggml_cgraph * gf = res.get_gf();
 
     nodes.reserve(ggml_graph_n_nodes(gf));
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
@@ -238,17 +251,17 @@ bool llama_firstlayer_walk::classify_pure(const ggml_tensor * t, info & res) con
 
         case GGML_OP_MUL_MAT:
             {
-                if (ia.kind != KIND_CONSTANT || spans(b, get(b).axes, 0)) {
-                    return false;
-                }
-                // a stack of matrices must not be spread over the tokens
-                for (int d = 2; d < GGML_MAX_DIMS; ++d) {
-                    if (a->ne[d] > 1 && spans(b, get(b).axes, d)) {
+                // a matrix for each token, or the same ones for all: a stack of them must not be spread over the tokens
+                const bool    own    = ia.kind == KIND_PURE;
+                const uint8_t tokens = get(b).axes;
+                for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+                    const bool wrong = d < 2 ? own || d == 0 : own ? b->ne[d] != a->ne[d] : a->ne[d] > 1;
+                    if (spans(b, tokens, d) && wrong) {
                         return false;
                     }
                 }
-                res.axes = get(b).axes & 0xe;
-                return true;
+                res.axes = tokens & 0xe;
+                return get(b).kind == KIND_PURE && (!own || same_axes(a, b));
             }
 
         case GGML_OP_MUL_MAT_ID:  // [m, n_used, n_tokens] = as [k, m, n_expert], b [k, 1 or n_used, n_tokens], ids [n_used, n_tokens]
@@ -278,6 +291,16 @@ bool llama_firstlayer_walk::classify_pure(const ggml_tensor * t, info & res) con
                 res.axes      = ia.axes & get(b).axes & ~(1 << dim);
                 return same_axes(a, b) && !spans(a, ia.axes, dim) && !spans(b, get(b).axes, dim);
             }
+
+        case GGML_OP_DSV4_HC_PRE:  // a [m, n, n_tokens], b [n, n_tokens] or of a's shape
+            res.axes = (ia.axes & 0xc) >> 1;
+            return ia.kind == KIND_PURE && get(b).kind == KIND_PURE && !spans(a, ia.axes, 0) && !spans(a, ia.axes, 1) &&
+                   !spans(b, get(b).axes, 0) && spans(a, ia.axes, 2) == spans(b, get(b).axes, t->op_params[1] ? 2 : 1);
+
+        case GGML_OP_DSV4_HC_COMB:  // [n, n, n_tokens] = a [m, n_tokens]
+            res.axes = shifted(a) & 0xc;
+            return ia.kind == KIND_PURE && get(b).kind == KIND_CONSTANT && get(c).kind == KIND_CONSTANT &&
+                   !spans(a, ia.axes, 0);
 
         case GGML_OP_REPEAT:
         case GGML_OP_PAD:
@@ -310,20 +333,35 @@ bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) c
         return is_packed(t, res.axes, ia.stride, t->view_offs);
     }
 
-    if (t->op != GGML_OP_PERMUTE && t->op != GGML_OP_TRANSPOSE) {
-        return false;
-    }
-
-    // result axis of each source axis
+    // axis of the operand that each axis of the result is, -1 for none
     int axis[GGML_MAX_DIMS] = { 1, 0, 2, 3 };
-    if (t->op == GGML_OP_PERMUTE) {
-        std::copy_n(t->op_params, GGML_MAX_DIMS, axis);
+    switch (t->op) {
+        case GGML_OP_TRANSPOSE:
+            break;
+        case GGML_OP_PERMUTE:
+            for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+                axis[t->op_params[d]] = d;
+            }
+            break;
+        case GGML_OP_VIEW:
+            {
+                int64_t first[GGML_MAX_DIMS];
+                if (!map_view(t, a, axis, first)) {
+                    return false;
+                }
+                break;
+            }
+        default:
+            return false;
     }
 
     int last = -1;
     for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-        res.axes |= (ia.axes >> d & 1) << axis[d];
-        if (spans(a, ia.axes, d)) {
+        if (axis[d] < 0 || !(ia.axes >> axis[d] & 1)) {
+            continue;
+        }
+        res.axes |= 1 << d;
+        if (a->ne[axis[d]] > 1) {
             if (axis[d] < last) {
                 return false;  // the tokens are no longer in order
             }
@@ -332,6 +370,37 @@ bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) c
     }
 
     return true;
+}
+
+// A view that selects a range of each axis: result axis to axis of the base (-1 for none), and the first index selected
+bool llama_firstlayer_walk::map_view(const ggml_tensor * t,
+                                     const ggml_tensor * base,
+                                     int                 axis[GGML_MAX_DIMS],
+                                     int64_t             first[GGML_MAX_DIMS]) {
+    int order[GGML_MAX_DIMS] = { 3, 2, 1, 0 };
+    std::stable_sort(order, order + GGML_MAX_DIMS, [&](int d, int e) { return base->nb[d] > base->nb[e]; });
+
+    size_t offset = t->view_offs - base->view_offs;
+    for (const int e : order) {
+        first[e] = base->ne[e] > 1 ? offset / base->nb[e] : 0;
+        offset -= first[e] * base->nb[e];
+    }
+
+    uint8_t used = 0;
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        axis[d] = -1;
+        for (int e = 0; e < GGML_MAX_DIMS && axis[d] < 0; ++e) {
+            if (!(used >> e & 1) && t->nb[d] == base->nb[e] && first[e] + t->ne[d] <= base->ne[e]) {
+                axis[d] = e;
+                used |= 1 << e;
+            }
+        }
+        if (axis[d] < 0 && t->ne[d] > 1) {
+            return false;
+        }
+    }
+
+    return offset == 0;
 }
 
 // whether a view holds all tokens in their order, and nothing that crosses from one token to the next
@@ -360,58 +429,22 @@ bool llama_firstlayer_walk::is_packed(const ggml_tensor * t, uint8_t axes, size_
 // sites
 //
 
-ggml_tensor * llama_firstlayer_walk::site_of(ggml_tensor * t) const {
-    // what follows the last F32 computation is cheap, and is done again from the table
-    while (get(t).kind == KIND_PURE && (is_layout_op(t) || t->op == GGML_OP_CONT || t->op == GGML_OP_CPY ||
-                                        t->op == GGML_OP_DUP || t->type != GGML_TYPE_F32)) {
-        if (t->src[0] == nullptr) {
-            return nullptr;
-        }
-        t = t->src[0];
-    }
-
-    // the values of a token must be the ones along axis 0
+bool llama_firstlayer_walk::can_be_site(const ggml_tensor * t) const {
     const info & cur = get(t);
-    return cur.kind == KIND_PURE && cur.product && !spans(t, cur.axes, 0) ? t : nullptr;
+    // the values of a token must be the ones along axis 0
+    return cur.kind == KIND_PURE && cur.product && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
+           !spans(t, cur.axes, 0);
 }
 
-std::vector<ggml_tensor *> llama_firstlayer_walk::sites() const {
-    std::unordered_set<ggml_tensor *> found;
-
-    for (ggml_tensor * t : nodes) {
-        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-            continue;
-        }
-        if (get(t).kind == KIND_PURE) {
-            if (t->flags & GGML_TENSOR_FLAG_OUTPUT) {
-                found.insert(site_of(t));
-            }
-            continue;
-        }
-        for (ggml_tensor * src : t->src) {
-            if (src && get(src).kind == KIND_PURE) {
-                found.insert(site_of(src));
-            }
-        }
-    }
-
-    std::vector<ggml_tensor *> res;
-    for (ggml_tensor * t : nodes) {
-        if (found.count(t)) {
-            res.push_back(t);
-        }
-    }
-
-    return res;
+std::string llama_firstlayer_walk::hint(const std::string & recipe, int64_t width) {
+    return recipe.substr(0, recipe.find_first_of("[(")) + std::to_string(width);
 }
 
-std::vector<ggml_tensor *> llama_firstlayer_walk::candidates(const std::unordered_set<int64_t> & widths) const {
+std::vector<ggml_tensor *> llama_firstlayer_walk::candidates(const std::unordered_set<std::string> & hints) const {
     std::vector<ggml_tensor *> res;
 
     for (ggml_tensor * t : nodes) {
-        const info & cur = get(t);
-        if (cur.kind == KIND_PURE && cur.product && !is_layout_op(t) && t->type == GGML_TYPE_F32 &&
-            widths.count(width(t))) {
+        if (can_be_site(t) && hints.count(hint(op_name(t), width(t)))) {
             res.push_back(t);
         }
     }
@@ -496,8 +529,8 @@ std::string llama_firstlayer_walk::blocker() const {
 
         std::set<std::string> mixed;
         for (const ggml_tensor * src : reach(std::move(stack), {})) {
-            if (src->op == GGML_OP_NONE) {
-                mixed.insert(src->name[0] ? src->name : "an unnamed input");
+            if (src->op == GGML_OP_NONE && get(src).kind == KIND_IMPURE) {
+                mixed.insert(std::string(src->name).rfind("leaf_", 0) == 0 ? "an unnamed input" : src->name);
             }
         }
 
@@ -505,8 +538,8 @@ std::string llama_firstlayer_walk::blocker() const {
         for (const auto & name : mixed) {
             names += (names.empty() ? "" : ", ") + name;
         }
-        return format("%s '%s' combines the embedding with %s before any matrix product", ggml_op_desc(t), t->name,
-                      names.empty() ? "other rows" : names.c_str());
+        return format("%s '%s' mixes the embedding with %s before any matrix product", ggml_op_desc(t), t->name,
+                      names.empty() ? "the rows of other tokens" : names.c_str());
     }
 
     return "no node of its graph depends on the token ids";

@@ -20,7 +20,8 @@ class llm_graph_result;
 //   - a row-pure tensor is computed from token ids and constants, row by row: the row of a token depends on its id only
 //   - everything else (positions, KV cache, masks, LoRA, vector embeddings) is impure
 //
-// A site is a row-pure tensor that holds a matrix product and that an impure node consumes. It can be read from a table.
+// A site is a row-pure tensor that holds a matrix product and that impure nodes are computed from. It can be read from a
+// table.
 struct llama_firstlayer_walk {
     // where the rows of a site are found
     struct slot {
@@ -30,16 +31,17 @@ struct llama_firstlayer_walk {
 
     using tensor_set = std::unordered_set<const ggml_tensor *>;
 
-    llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights);
+    llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights, const ggml_tensor * tok_embd);
 
     // graph inputs that hold token ids, I32 [n_tokens]
     const std::vector<ggml_tensor *> & tokens() const { return inp_tokens; }
 
-    // the sites, in graph order; not all of them may be wanted as tables
-    std::vector<ggml_tensor *> sites() const;
+    // the sites, in graph order, for a vocabulary of the given size
+    std::vector<ggml_tensor *> sites(int64_t n_vocab) const;
 
-    // all row-pure F32 tensors with a matrix product and the given number of values per token
-    std::vector<ggml_tensor *> candidates(const std::unordered_set<int64_t> & widths) const;
+    // the tensors that can be sites and have one of the given hints; to print the recipes of all of them would take longer
+    std::vector<ggml_tensor *> candidates(const std::unordered_set<std::string> & hints) const;
+    static std::string         hint(const std::string & recipe, int64_t width);
 
     // values per token
     int64_t width(const ggml_tensor * t) const;
@@ -87,6 +89,11 @@ struct llama_firstlayer_walk {
     bool classify_pure(const ggml_tensor * t, info & res) const;
     bool classify_layout(const ggml_tensor * t, info & res) const;
 
+    static bool map_view(const ggml_tensor * t,
+                         const ggml_tensor * base,
+                         int                 axis[GGML_MAX_DIMS],
+                         int64_t             first[GGML_MAX_DIMS]);
+
     bool is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset) const;
 
     // strides for the rows of a site, and the translation of a layout operation on the site to them
@@ -97,9 +104,12 @@ struct llama_firstlayer_walk {
                           size_t              stride,
                           size_t              nb[GGML_MAX_DIMS],
                           size_t &            offset) const;
+    void replace_site(ggml_context * ctx, ggml_tensor * site, const slot & slot, const tensor_set & is_live) const;
 
-    // the site that a row-pure operand of an impure node stands for, nullptr if it is as cheap as a table
-    ggml_tensor * site_of(ggml_tensor * t) const;
+    bool    can_be_site(const ggml_tensor * t) const;
+    int64_t bytes_read(const ggml_tensor * t) const;
+
+    static std::string op_name(const ggml_tensor * t);
 
     std::string shape(const ggml_tensor * t) const;
     void        print(const ggml_tensor *                            t,

@@ -24,6 +24,9 @@ static const char * const KV_ELIDED_DIMENSION = "firstlayer.elided.dimension";
 
 static const uint32_t VERSION = 1;
 
+llama_firstlayer::llama_firstlayer()  = default;
+llama_firstlayer::~llama_firstlayer() = default;
+
 //
 // file
 //
@@ -210,10 +213,12 @@ void llama_firstlayer::check(llama_model_base & model) {
     params.n_ctx                = 256;
     params.n_batch              = 32;
     params.n_ubatch             = 32;
+    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
 
     checking = true;
     const llama_context_ptr ctx(llama_init_from_model(&model, params));
     checking = false;
+    res_encoder.reset();
 
     if (!ctx && !problem.empty()) {
         throw std::runtime_error(problem);
@@ -244,26 +249,37 @@ void llama_firstlayer::check(llama_model_base & model) {
                    tables.size(), phantoms.size());
 }
 
-void llama_firstlayer::rewrite(const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+void llama_firstlayer::rewrite(const llama_model &           model,
+                               const llm_graph_params &      params,
+                               const llama_firstlayer_walk & walk) {
     ggml_context * ctx = params.res->get_ctx();
+    ggml_cgraph *  gf  = params.res->get_gf();
 
-    std::unordered_set<int64_t> widths;
+    const bool offloaded = ggml_backend_dev_type(model.dev_layer(0)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+
+    std::unordered_set<std::string> hints;
     for (const auto & site : sites) {
-        widths.insert(site.width);
+        hints.insert(walk.hint(site.recipe, site.width));
     }
 
     std::vector<ggml_tensor *>                                     rows(tables.size(), nullptr);
     std::unordered_map<ggml_tensor *, llama_firstlayer_walk::slot> slots;
 
-    for (ggml_tensor * t : walk.candidates(widths)) {
+    for (ggml_tensor * t : walk.candidates(hints)) {
         const std::string recipe = walk.recipe(t);
         for (auto & site : sites) {
             if (site.recipe != recipe || site.width != walk.width(t)) {
                 continue;
             }
+            ggml_tensor * table = tables[site.table].tensor;
             if (!rows[site.table]) {
-                rows[site.table] = ggml_get_rows(ctx, tables[site.table].tensor, walk.tokens().front());
+                rows[site.table] = ggml_get_rows(ctx, table, walk.tokens().front());
                 ggml_format_name(rows[site.table], "firstlayer.%u", site.table);
+                if (offloaded && table->buffer && ggml_backend_buffer_is_host(table->buffer)) {
+                    // the scheduler would copy each view of the rows to the device on its own
+                    rows[site.table] = ggml_cont(ctx, rows[site.table]);
+                    ggml_format_name(rows[site.table], "firstlayer.%u (device)", site.table);
+                }
             }
             slots[t] = { rows[site.table], site.column * sizeof(float) };
             if (checking) {
@@ -273,21 +289,45 @@ void llama_firstlayer::rewrite(const llm_graph_params & params, const llama_firs
         }
     }
 
-    if (!slots.empty()) {
-        walk.replace(ctx, params.res->get_gf(), slots);
+    if (slots.empty()) {
+        return;
     }
+    walk.replace(ctx, gf, slots);
+
+    // llama_context disables a fused operation if it does not find it on the layer's device: forget those that are gone
+    llama_firstlayer_walk::tensor_set computed;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        computed.insert(ggml_graph_node(gf, i));
+    }
+    auto & fused = const_cast<std::vector<llm_graph_fused_node> &>(params.res->get_fused_nodes());
+    fused.erase(std::remove_if(fused.begin(), fused.end(),
+                               [&](const llm_graph_fused_node & node) {
+                                   return !computed.count(node.tensor) || slots.count(node.tensor);
+                               }),
+                fused.end());
 }
 
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = params.res->get_gf();
 
+    if ((checking || observe) && params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model)) {
+        // contexts only build this one when they encode
+        res_encoder = std::make_unique<llm_graph_result>(params.res->get_max_nodes());
+
+        llm_graph_params encoder = params;
+        encoder.gtype            = LLM_GRAPH_TYPE_ENCODER;
+        encoder.mctx             = nullptr;
+        encoder.res              = res_encoder.get();
+        model.build_graph(encoder);
+    }
+
     {
-        const llama_firstlayer_walk walk(*params.res, weights);
+        const llama_firstlayer_walk walk(*params.res, weights, model.tok_embd);
         if (observe) {
             observe(params, walk);
             return gf;
         }
-        rewrite(params, walk);
+        rewrite(model, params, walk);
     }
 
     const ggml_tensor * missing = nullptr;

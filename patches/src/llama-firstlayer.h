@@ -101,8 +101,13 @@ struct llama_model_base;
 struct llama_model_loader;
 struct llm_graph_params;
 
+class llm_graph_result;
+
 // The first-layer tables of a model, and the graph rewrite that uses them
 struct llama_firstlayer {
+    llama_firstlayer();
+    ~llama_firstlayer();
+
     struct table {
         std::string   suffix;  // of the tensor name "firstlayer.<suffix>"
         ggml_tensor * tensor;  // [row width, n_vocab]
@@ -121,6 +126,8 @@ struct llama_firstlayer {
     // Read the `firstlayer.*` keys and announce the elided weights to the loader; nullptr if the file has no such keys.
     // Throws std::runtime_error if they are malformed.
     static std::unique_ptr<llama_firstlayer> load(llama_model_loader & ml, uint32_t n_vocab);
+
+    bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
 
     // a tensor of the given shape and type that has no data, nullptr if the weight is not elided
     ggml_tensor * phantom(llama_model_loader & ml, const ggml_tensor & meta);
@@ -144,13 +151,14 @@ struct llama_firstlayer {
     std::vector<site>  sites;
 
   private:
-    void rewrite(const llm_graph_params & params, const llama_firstlayer_walk & walk);
+    void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
     ggml_context_ptr                               ctx_phantom;
     std::unordered_map<std::string, ggml_tensor *> phantoms;
-    std::unordered_set<const ggml_tensor *>        weights;  // all model weights, phantoms included
-    std::string                                    problem;  // found by apply() while check() runs
+    std::unordered_set<const ggml_tensor *>        weights;      // all model weights, phantoms included
+    std::string                                    problem;      // found by apply() while check() runs
     bool                                           checking = false;
+    std::unique_ptr<llm_graph_result>              res_encoder;  // last one that was checked or observed
 };
 
 #endif

@@ -1,0 +1,135 @@
+"""Reading GGUF models, in one file or split into several."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
+
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.runtime import library
+
+
+class _Reader(GGUFReader):
+    """A GGUFReader that steps over the elements of long arrays: vocabularies, which would take it 3 KB per entry."""
+
+    _LONG = 4096
+    _HEADER = struct.Struct("<IQ")  # element type and number of elements
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        if raw_type == GGUFValueType.ARRAY:
+            raw_kind, count = self._HEADER.unpack(self.data[orig_offs : orig_offs + self._HEADER.size].tobytes())
+            kind, end = GGUFValueType(raw_kind), orig_offs + self._HEADER.size
+            if count > self._LONG and kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    end += 8 + int.from_bytes(self.data[end : end + 8].tobytes(), "little")
+            elif count > self._LONG and kind in self.gguf_scalar_to_np:
+                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            if end > orig_offs + self._HEADER.size:
+                return end - orig_offs, [self.data[orig_offs:end]], [], [GGUFValueType.ARRAY, kind]
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+def _open(path: Path) -> GGUFReader:
+    """Open a GGUF file whose header is sound and whose tensors are all within the file.
+
+    Raises:
+        FirstLayerError: it cannot be read, is no GGUF file, is malformed, truncated, or of the other byte order.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(8)
+    except OSError as err:
+        raise FirstLayerError(f"{path} cannot be read: {err.strerror}") from err
+    if magic[:4] != b"GGUF":
+        raise FirstLayerError(f"{path} is not a GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py first")
+    if magic[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
+        raise FirstLayerError(
+            f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read"
+        )
+
+    library().validate(path)
+    try:
+        return _Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as err:
+        raise FirstLayerError(f"{path} is truncated or malformed ({err}); download or create it again") from err
+
+
+class Source:
+    """A model in a GGUF file, or in the parts that `llama-gguf-split` makes.
+
+    Args:
+        path: the file, or the first part
+
+    Attributes:
+        path: as given
+        paths: of all files
+        parts: readers of the files; the first has the keys
+        tensors: by name, in the order of the files
+        architecture: value of `general.architecture`, "unknown" if it has none
+        bytes: size of all files
+
+    Raises:
+        FirstLayerError: a file cannot be read, is no GGUF file, is malformed, truncated, or of the other byte order; it is not
+            the first part, or another part is missing.
+    """
+
+    # llama_split_path
+    _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.paths = [path]
+        self.parts = [_open(path)]
+
+        part, count = (self._number(key) for key in ("split.no", "split.count"))
+        if count > 1:
+            match = self._PART.fullmatch(path.name)
+            if match is None or int(match[3]) != count:
+                raise FirstLayerError(f"{path} is a part of a split model, but is not named like ...-00001-of-{count:05}.gguf")
+            self.paths = [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+            if part != 0:
+                raise FirstLayerError(f"{path} is part {part + 1} of a split model; give the first, {self.paths[0]}")
+            self.parts += [_open(name) for name in self.paths[1:]]
+
+        self.tensors: dict[str, ReaderTensor] = {}
+        self._part_of: dict[str, GGUFReader] = {}
+        for reader in self.parts:
+            for tensor in reader.tensors:
+                self.tensors[tensor.name] = tensor
+                self._part_of[tensor.name] = reader
+
+        field = self.get_field("general.architecture")
+        self.architecture = str(field.contents()) if field else "unknown"
+        self.bytes = sum(int(reader.data.nbytes) for reader in self.parts)
+
+    def get_field(self, key: str) -> ReaderField | None:
+        """A key of the model, None if it does not have it."""
+        return self.parts[0].get_field(key)
+
+    def _number(self, key: str) -> int:
+        field = self.get_field(key)
+        return int(field.contents()) if field and field.types[0] != GGUFValueType.STRING else 0
+
+    def data(self, name: str) -> memoryview:
+        """The bytes of a tensor, as mapped from its file."""
+        tensor = self.tensors[name]
+        return self._part_of[name].data[tensor.data_offset : tensor.data_offset + tensor.n_bytes].data
+
+    def keys(self) -> tuple[int, bytes]:
+        """The keys of the model as (number, bytes in the file), without those of a split file (`split.*`)."""
+        fields = [field for name, field in self.parts[0].fields.items() if not name.startswith(("GGUF.", "split."))]
+        return len(fields), b"".join(part.tobytes() for field in fields for part in field.parts)
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without its ending, and without the number of its part."""
+        match = self._PART.fullmatch(self.path.name) if len(self.parts) > 1 else None
+        return match[1] if match else self.path.stem

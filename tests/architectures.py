@@ -1,0 +1,109 @@
+"""What conversion does to each architecture, and docs/architectures.md, which tells it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from conftest import PATCHED, ROOT, STOCK, run, write_archs
+
+from gguf_firstlayer import FirstLayerError, convert
+
+DOC = ROOT / "docs" / "architectures.md"
+
+HEAD = """# Architectures
+
+Tiny random models of every architecture that llama.cpp {commit} can run from a file, converted with tables of F32 and compared
+with the unpatched library. Written by `scripts/architectures`, and checked against the code by `tests/test_architectures.py`.
+Sites are named after nodes of llama.cpp's graph, with the values per token of these tiny models.
+
+*Exactness* is that of logits, or of embeddings where a model has no logits: *all batches* means the unpatched library's bit for
+bit in batches of 1, 2, 7 and 64 tokens; *from 2* means bit for bit in batches of two or more, and for single tokens, for which
+ggml has kernels of its own that round otherwise, no further off (the median over the tokens of the RMS difference, within
+sampling noise) than the library is from itself between batch sizes. Which of the two it is for F32 weights depends on the
+processor; the table is from x86-64.
+
+| model | sites | eliminated weights | exactness |
+|---|---|---|---|
+"""
+
+
+@dataclass
+class Row:
+    """What the table says of a model; `reason` if it cannot be converted."""
+
+    name: str
+    sites: str = ""
+    eliminated: str = ""
+    exactness: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"| {self.name} | none: {self.reason} | | |"
+        return f"| {self.name} | {self.sites} | {self.eliminated} | {self.exactness} |"
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Median over the tokens of the RMS difference: in mixtures of experts a rounding that changes a route has no bound."""
+    square = np.square(a.astype(np.float64) - b)
+    return float(np.median(np.sqrt(square.mean(axis=1))))
+
+
+def differences(source: Path, converted: Path, batches: list[int]) -> dict[int, float]:
+    """Difference of the outputs per batch size, under the exactness rule: the stock library's bit for bit for batches of two
+    and more; a single token no further from them than they are from themselves for other batch sizes, within sampling noise.
+    """
+    job = {"run": "outputs", "tokens": {"count": 100, "seed": 1}, "batches": [*batches, "parallel"]}
+    (stock,) = run(STOCK, job | {"model": source})
+    (ours,) = run(PATCHED, job | {"model": converted})
+    assert np.isfinite(stock[batches[0]]).all(), "the model's output is not finite"
+    assert np.unique(stock[batches[0]], axis=0).shape[0] > 50, "a model whose output hardly depends on the tokens shows nothing"
+
+    assert all(np.array_equal(stock[size], ours[size]) for size in batches if size > 1), "batches differ"
+    others = [stock["parallel"]] if stock["parallel"] is not None else [stock[size] for size in batches]
+    own = max(distance(stock[1], other) for other in others)
+    result = {size: distance(stock[size], ours[size]) for size in batches}
+    assert result[1] <= 1.5 * own, (result, own)
+    return result
+
+
+def examine(source: Path, folder: Path) -> Row:
+    """Convert a model and compare it with its source."""
+    try:
+        result = convert(source, folder / source.name, type="f32")
+    except FirstLayerError as err:
+        reason = str(err)
+        assert "has nothing to precompute: " in reason, reason
+        return Row(source.stem, reason=reason.partition("has nothing to precompute: ")[2])
+
+    try:
+        difference = differences(source, result.output, [1, 2, 7, 64])
+    finally:
+        result.output.unlink()
+    weights = sorted(weight.name.removesuffix(".weight") for weight in result.elided)
+    return Row(
+        source.stem,
+        ", ".join(f"{site.name.strip()} {site.width}" for site in result.sites),
+        ", ".join(name.removeprefix("blk.0.") for name in weights),
+        "from 2" if difference[1] else "all batches",
+    )
+
+
+def read() -> dict[str, str]:
+    """The rows of docs/architectures.md by name of the model."""
+    rows = [line for line in DOC.read_text().splitlines() if line.startswith("| ")][1:]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        models = Path(name, "models")
+        models.mkdir()
+        write_archs(models)
+        rows = [examine(path, Path(name)) for path in sorted(models.glob("*.gguf"))]
+    commit = re.search(r"LLAMA_CPP_COMMIT +(\w+)", (ROOT / "cmake" / "llama-cpp.cmake").read_text())[1]
+    DOC.write_text(HEAD.format(commit=commit) + "".join(f"{row}\n" for row in rows))
