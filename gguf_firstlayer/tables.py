@@ -88,7 +88,7 @@ class Elided:
 
 def table_name(i: int) -> str:
     """Name of the tensor of table i."""
-    return f"firstlayer.{i}.weight"
+    return f"firstlayer.{i}.table"
 
 
 def layout(

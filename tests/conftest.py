@@ -5,10 +5,15 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from gguf_firstlayer import convert, paths
 
@@ -24,15 +29,28 @@ REPORT: list[str] = []
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     """Results of the jobs of tests/worker.py on a build of llama.cpp, in a process of its own."""
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
-    out = Path(os.environ.get("TMPDIR", "/tmp")) / f"worker-{os.getpid()}.pickle"
-    command = [sys.executable, str(WORKER), str(out)]
-    text = json.dumps(jobs, default=str)
-    done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    try:
-        return pickle.loads(out.read_bytes())
-    finally:
-        out.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as out:
+        command = [sys.executable, str(WORKER), out.name]
+        text = json.dumps(jobs, default=str)
+        done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return pickle.load(out)
+
+
+def both(function: Callable[[Any], Any], *arguments: Any) -> tuple[Any, ...]:
+    """Results of a function for two arguments, computed at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(function, arguments))
+
+
+def compare(source: Path, converted: Path, *jobs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Pairs of results: of the stock library on the source, and of the patched one on the converted model."""
+
+    def results(side: tuple[Path, Path]) -> list[Any]:
+        build, model = side
+        return run(build, *(job | {"model": model} for job in jobs))
+
+    return list(zip(*both(results, (STOCK, source), (PATCHED, converted)), strict=True))
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -51,9 +69,38 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset()) -> Path:
+    """Copy a GGUF file, changing values of keys and tensors: the callbacks get name and value and return the new value.
+
+    change_type: ggml type of the bytes that `change_tensor` returns instead of numbers
+    """
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "unused")
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF."):
+            continue
+        value = field.contents()
+        if value == []:
+            continue  # GGUFWriter has no empty arrays
+        value = change_key(name, value) if change_key else value
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name in drop:
+            continue
+        data = change_tensor(tensor.name, tensor.data) if change_tensor else tensor.data
+        kind = tensor.tensor_type if data.dtype == tensor.data.dtype else change_type if data.dtype == np.uint8 else None
+        writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
 def write_archs(folder: Path) -> None:
     """Write tiny random models of every architecture: llama.cpp's own test writes some, random_models.py the others."""
-    subprocess.run([STOCK / "test-llama-archs", "-o", folder], check=True, capture_output=True)
+    subprocess.run([STOCK / "test-llama-archs", "-s", "1", "-o", folder], check=True, capture_output=True)
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
     subprocess.run(
         [sys.executable, ROOT / "tests" / "random_models.py", folder], check=True, capture_output=True, env=environment

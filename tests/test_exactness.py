@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PATCHED, REPORT, ROOT, STOCK, run
+from conftest import PATCHED, REPORT, ROOT, compare, run
 
 from gguf_firstlayer import convert, inspect
 
@@ -39,17 +39,16 @@ def test_weights_are_gone(name, archs, tmp_path):
     elided = {weight.name for weight in result.elided}
     assert {f"blk.0.{weight}.weight" for weight in gone} <= elided
     (nodes,) = run(PATCHED, {"run": "graph", "model": result.output, "tokens": {"count": 3, "seed": 2}})
-    read = {operand for _, _, operands in nodes for operand in operands}
+    read = {operand for _, _, operands, _ in nodes for operand in operands}
     assert not read & elided
-    assert "firstlayer.0.weight" in read
+    assert "firstlayer.0.table" in read
 
 
 def test_warmup_of_elided_experts(archs, tmp_path):
     """llama.cpp warms up with all experts at once; those of arctic's first layer are gone."""
     result = convert(archs / "arctic-moe.gguf", tmp_path / "flp.gguf", type="f32")
     job = {"run": "logits", "tokens": {"count": 20, "seed": 1}, "batches": [20]}
-    (stock,) = run(STOCK, job | {"model": result.source})
-    (ours,) = run(PATCHED, job | {"model": result.output, "warmup": True})
+    ((stock, ours),) = compare(result.source, result.output, job | {"warmup": True})
     assert np.array_equal(stock[20], ours[20])
 
 
@@ -64,8 +63,7 @@ def test_falcon_has_two_terms_but_command_r_one(archs):
 def test_smollm_f32_is_exact(batch, smollm, smollm_flp):
     """Q4_1 has one kernel for all batch sizes, so every logit of a real model must be the same bit for bit."""
     job = {"run": "logits", "tokens": TEXT, "batches": [batch]}
-    (stock,) = run(STOCK, job | {"model": smollm})
-    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
+    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
     assert len(stock[batch]) > 400
     assert np.array_equal(stock[batch], ours[batch])
 
@@ -76,22 +74,20 @@ def test_repacked_weights_are_exact(smollm, tmp_path):
     subprocess.run([PATCHED / "llama-quantize", "--allow-requantize", smollm, source, "q4_0"], check=True, capture_output=True)
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     job = {"run": "logits", "tokens": TEXT[:600], "batches": [1, 32, 512]}
-    (stock,) = run(STOCK, job | {"model": source})
-    (ours,) = run(PATCHED, job | {"model": converted})
+    ((stock, ours),) = compare(source, converted, job)
     assert all(np.array_equal(stock[size], ours[size]) for size in job["batches"])
 
 
 def test_smollm_graph(smollm, smollm_flp):
     job = {"run": "graph", "tokens": [1, 2, 3]}
-    (stock,) = run(STOCK, job | {"model": smollm})
-    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
-    products = [[operands[0] for op, _, operands in nodes if op == "MUL_MAT"] for nodes in (stock, ours)]
+    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
+    products = [[operands[0] for op, _, operands, _ in nodes if op == "MUL_MAT"] for nodes in (stock, ours)]
     projections = {f"blk.0.attn_{which}.weight" for which in "qkv"}
     assert set(products[0]) - set(products[1]) == projections
     assert len(products[0]) - len(products[1]) == 3
     assert len(ours) < len(stock)
-    lookups = [operands[0] for op, _, operands in ours if op == "GET_ROWS"]
-    assert lookups.count("firstlayer.0.weight") == 1  # one lookup for Q, K and V
+    lookups = [operands[0] for op, _, operands, _ in ours if op == "GET_ROWS"]
+    assert lookups.count("firstlayer.0.table") == 1  # one lookup for Q, K and V
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -115,8 +111,7 @@ def test_smollm_q8_0_is_close(smollm, smollm_flp):
         {"run": "logits", "tokens": TEXT, "batches": [1, 32, 512]},
         {"run": "greedy", "prompts": prompts, "n_predict": 256},
     ]
-    stock, stock_text = run(STOCK, *(job | {"model": smollm} for job in jobs))
-    ours, our_text = run(PATCHED, *(job | {"model": smollm_flp["q8_0"]} for job in jobs))
+    (stock, ours), (stock_text, our_text) = compare(smollm, smollm_flp["q8_0"], *jobs)
 
     measured = {
         "stock, batches of 1 against 512": divergence(stock[512], stock[1]),
@@ -137,17 +132,16 @@ def test_smollm_q8_0_is_close(smollm, smollm_flp):
 
 def test_smollm_f32_text_is_the_same(smollm, smollm_flp):
     job = {"run": "greedy", "prompts": ["The capital of France is", "def fibonacci(n):"], "n_predict": 256}
-    (stock,) = run(STOCK, job | {"model": smollm})
-    (ours,) = run(PATCHED, job | {"model": smollm_flp["f32"]})
+    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
     assert stock == ours
 
 
 def test_plain_model_is_untouched(smollm):
     """Without firstlayer keys, the patched library computes the same graph as the stock one."""
     jobs = [
-        {"run": "graph", "model": smollm, "tokens": [1, 2, 3]},
-        {"run": "logits", "model": smollm, "tokens": [1, 2, 3], "batches": [1]},
+        {"run": "graph", "tokens": [1, 2, 3]},
+        {"run": "logits", "tokens": [1, 2, 3], "batches": [1]},
     ]
-    stock, ours = run(STOCK, *jobs), run(PATCHED, *jobs)
-    assert stock[0] == ours[0]
-    assert np.array_equal(stock[1][1], ours[1][1])
+    (stock_graph, our_graph), (stock, ours) = compare(smollm, smollm, *jobs)
+    assert stock_graph == our_graph
+    assert np.array_equal(stock[1], ours[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import pickle
 import sys
 
@@ -63,7 +64,7 @@ class Model:
     def context(self, trace=None, n_ctx=1024, **options):
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
-        params.n_threads = params.n_threads_batch = 2
+        params.n_threads = params.n_threads_batch = 1  # threads that wait for each other are slow on a busy machine
         for key, value in options.items():
             setattr(params, key, value)
         if trace is not None:
@@ -136,6 +137,17 @@ def logits(job):
     return results
 
 
+def entry(model):
+    """How a model is run: whether it gives vectors instead of logits, and whether it decodes what it has encoded before."""
+    decodes = llama_cpp.llama_model_has_decoder(model.model)
+    # drafts have encoders as well, but for hidden states of the model they draft for
+    encodes = llama_cpp.llama_model_has_encoder(model.model) and llama_cpp.llama_model_decoder_start_token(model.model) >= 0
+    context = model.context(flash_attn_type=0)
+    pools = llama_cpp.llama_pooling_type(context) > 0 or not llama_cpp.llama_get_memory(context)
+    llama_cpp.llama_free(context)
+    return pools or not decodes, encodes and decodes
+
+
 def outputs(job):
     """What any kind of model computes of tokens, F32 [n, width] for each batch size.
 
@@ -145,13 +157,7 @@ def outputs(job):
     """
     model = Model(job["model"])
     tokens = model.tokens(job["tokens"])
-    # drafts have encoders as well, but for hidden states of the model they draft for
-    encodes = llama_cpp.llama_model_has_encoder(model.model) and llama_cpp.llama_model_decoder_start_token(model.model) >= 0
-    decodes = llama_cpp.llama_model_has_decoder(model.model)
-    context = model.context(flash_attn_type=0)
-    pools = llama_cpp.llama_pooling_type(context) > 0 or not llama_cpp.llama_get_memory(context)
-    llama_cpp.llama_free(context)
-    embeds = pools or not decodes
+    embeds, encodes = entry(model)
 
     def batch(context, part, first, **options):
         step = llama_cpp.llama_encode if embeds else llama_cpp.llama_decode
@@ -165,8 +171,8 @@ def outputs(job):
     results = {}
     for size in job["batches"]:
         options = {"embeddings": True, "pooling_type": 0, "n_seq_max": len(tokens), "kv_unified": True} if embeds else {}
-        context = model.context(flash_attn_type=0, n_threads=1, n_threads_batch=1, **options)
-        if encodes and decodes:
+        context = model.context(flash_attn_type=0, **options)
+        if encodes:
             assert decode(context, tokens, run=llama_cpp.llama_encode) == 0
         if size == "parallel":
             results[size] = batch(context, tokens, 0, parallel=True) if embeds else None
@@ -199,9 +205,9 @@ def greedy(job):
 
 
 def graph(job):
-    """The computed nodes of one batch: (operation, name, names of the operands).
+    """The computed nodes of batches of tokens: (operation, name, names of the operands, types of node and operands).
 
-    encode: of a batch that is encoded
+    size: of the batches; all tokens at once by default
     """
     model = Model(job["model"])
     op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
@@ -211,13 +217,22 @@ def graph(job):
     def visit(pointer, ask, _user_data):
         if ask:
             tensor = ctypes.cast(pointer, ctypes.POINTER(Tensor)).contents
-            sources = [src.contents.name.decode() for src in tensor.src if src]
-            nodes.append((op_desc(pointer).decode(), tensor.name.decode(), sources))
+            sources = [src.contents for src in tensor.src if src]
+            names = [source.name.decode() for source in sources]
+            types = (tensor.type, *(source.type for source in sources))
+            nodes.append((op_desc(pointer).decode(), tensor.name.decode(), names, types))
         return False
 
     callback = llama_cpp.ggml_backend_sched_eval_callback(visit)
-    context = model.context(trace=callback)
-    assert decode(context, model.tokens(job["tokens"]), 0) == 0
+    embeds, encodes = entry(model)
+    context = model.context(trace=callback, flash_attn_type=job.get("flash_attn", -1), embeddings=embeds)
+    tokens = model.tokens(job["tokens"])
+    if encodes or embeds:
+        assert decode(context, tokens, run=llama_cpp.llama_encode) == 0
+    if not embeds:
+        size = job.get("size", len(tokens))
+        for first in range(0, len(tokens), size):
+            assert decode(context, tokens[first : first + size], first) == 0
     llama_cpp.llama_free(context)
     model.close()
     return nodes
@@ -233,6 +248,29 @@ def embeddings(job):
     llama_cpp.llama_free(context)
     model.close()
     return status, afterwards, "".join(messages)
+
+
+def adapted(job):
+    """Logits of a prompt for each set of LoRA adapters, [index, scale]..., which are switched in one context. Of adapters that
+    llama.cpp does not take, what it said.
+    """
+    model = Model(job["model"])
+    adapters = []
+    for path in job["adapters"]:
+        adapters.append(llama_cpp.llama_adapter_lora_init(model.model, path.encode()))
+        if not adapters[-1]:
+            return "".join(messages)
+    context, tokens, results = model.context(), model.tokens(job["tokens"]), []
+    for chosen in job["sets"]:
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(*(adapters[i] for i, _ in chosen))
+        scales = (ctypes.c_float * len(chosen))(*(scale for _, scale in chosen))
+        assert llama_cpp.llama_set_adapters_lora(context, handles, len(chosen), scales) == 0
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        assert decode(context, tokens) == 0, "".join(messages)
+        results.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(tokens), model.n_vocab)).copy())
+    llama_cpp.llama_free(context)
+    model.close()
+    return results
 
 
 def uses(job):
@@ -255,6 +293,145 @@ def load(job):
     except RuntimeError as err:
         return str(err)
     return ""
+
+
+def make_batch(context, parts):
+    """A batch of runs of tokens: (ids of the sequences they belong to, tokens). Each goes on where the first of them ends."""
+    memory, position, entries = llama_cpp.llama_get_memory(context), {}, []
+    for seqs, tokens in parts:
+        first = position.get(seqs[0], llama_cpp.llama_memory_seq_pos_max(memory, seqs[0]) + 1)
+        entries += [(seqs, first + i, token) for i, token in enumerate(tokens)]
+        position |= dict.fromkeys(seqs, first + len(tokens))
+    batch = llama_cpp.llama_batch_init(len(entries), 0, max(len(seqs) for seqs, _ in parts))
+    batch.n_tokens = len(entries)
+    for i, (seqs, place, token) in enumerate(entries):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, len(seqs), 1
+        for j, seq in enumerate(seqs):
+            batch.seq_id[i][j] = seq
+    return batch
+
+
+def given(model, context, parts):
+    """Logits of all tokens of a batch; with pooling, the vectors of its sequences; else the vectors of its tokens."""
+    seqs = sorted({seq for seqs, _ in parts for seq in seqs})
+    count = sum(len(tokens) for _, tokens in parts)
+    pooling = llama_cpp.llama_pooling_type(context)
+    if pooling > 0:
+        width = llama_cpp.llama_model_n_embd_out(model.model)
+        if pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK:
+            width = llama_cpp.llama_model_n_cls_out(model.model)
+        return np.array([llama_cpp.llama_get_embeddings_seq(context, seq)[:width] for seq in seqs], dtype=np.float32)
+    if model.embeddings:
+        width = llama_cpp.llama_model_n_embd_out(model.model)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(context), (count, width)).copy()
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (count, model.n_vocab)).copy()
+
+
+def save(context, path, seq=None):
+    """Write the state of a context, or of one sequence, to a file."""
+    if seq is None:
+        size, get = llama_cpp.llama_state_get_size(context), llama_cpp.llama_state_get_data
+    else:
+        size, get = llama_cpp.llama_state_seq_get_size(context, seq), llama_cpp.llama_state_seq_get_data
+    data = (ctypes.c_uint8 * size)()
+    written = get(context, data, size) if seq is None else get(context, data, size, seq)
+    assert written == size, "".join(messages)
+    with open(path, "wb") as out:
+        out.write(data)
+
+
+def load_state(context, path, seq=None):
+    """Read what `save` wrote."""
+    with open(path, "rb") as file:
+        data = (ctypes.c_uint8 * (size := os.fstat(file.fileno()).st_size)).from_buffer_copy(file.read())
+    if seq is None:
+        assert llama_cpp.llama_state_set_data(context, data, size) == size, "".join(messages)
+    else:
+        assert llama_cpp.llama_state_seq_set_data(context, data, size, seq) == size, "".join(messages)
+
+
+def control(model, context, seed):
+    """Add a random vector to the output of every layer but the first, which llama.cpp allows none for."""
+    width, layers = llama_cpp.llama_model_n_embd(model.model), llama_cpp.llama_model_n_layer(model.model) - 1
+    vectors = np.random.default_rng(seed).normal(0, 0.3, width * layers).astype(np.float32)
+    data = vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert llama_cpp.llama_set_adapter_cvec(context, data, len(vectors), width, 1, layers) == 0
+
+
+def session(job):
+    """What a context gives for a list of steps: those of `decode` and `resident`, in order.
+
+    decode [sequences, tokens]...               one llama_decode
+    save path [sequence], load path [sequence]  the state, as llama_state_get_data and llama_state_set_data have it
+    embed first count seed                      one llama_decode of random vectors instead of tokens, as images are
+    resident                                    bytes of the process that are in memory
+    control seed                                a random control vector
+    rm, cp, keep, add, div ...                  llama_memory_seq_*
+    """
+    model = Model(job["model"], **job.get("load", {}))
+    model.embeddings = job.get("context", {}).get("embeddings", False)
+    context = model.context(**job.get("context", {}))
+    memory, results = llama_cpp.llama_get_memory(context), []
+    for step, *arguments in job["steps"]:
+        if step == "decode":
+            parts = [(seqs, model.tokens(tokens)) for seqs, tokens in arguments]
+            batch = make_batch(context, parts)
+            status = llama_cpp.llama_decode(context, batch)
+            llama_cpp.llama_batch_free(batch)
+            if status != 0:
+                raise RuntimeError(f"llama_decode returned {status}: {''.join(messages)}")
+            results.append(given(model, context, parts))
+        elif step == "embed":
+            first, count, seed = arguments
+            width = llama_cpp.llama_model_n_embd_inp(model.model)
+            rows = np.random.default_rng(seed).normal(0, 0.1, (count, width)).astype(np.float32)
+            if decode(context, [0] * count, first, embd=rows) != 0:
+                raise RuntimeError("".join(messages))
+            results.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (count, model.n_vocab)).copy())
+        elif step == "resident":
+            with open("/proc/self/status") as file:
+                status = dict(line.split(":", 1) for line in file)
+            results.append(np.array([int(status["VmRSS"].split()[0]) * 1024]))
+        elif step == "save":
+            save(context, *arguments)
+        elif step == "load":
+            load_state(context, *arguments)
+        elif step == "control":
+            control(model, context, *arguments)
+        else:
+            assert getattr(llama_cpp, f"llama_memory_seq_{step}")(memory, *arguments) in (None, True)
+    llama_cpp.llama_free(context)
+    model.close()
+    return results
+
+
+def sample(job):
+    """Token ids that a chain of samplers draws, and how many of them were drawn in the graph ("backend")."""
+    model = Model(job["model"])
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for name, *arguments in job["chain"]:
+        if name == "grammar":
+            arguments = [model.vocab, arguments[0].encode(), b"root"]
+        llama_cpp.llama_sampler_chain_add(chain, getattr(llama_cpp, f"llama_sampler_init_{name}")(*arguments))
+    options = {}
+    if job["backend"]:
+        config = llama_cpp.llama_sampler_seq_config(0, ctypes.cast(chain, ctypes.c_void_p))
+        options = {"samplers": ctypes.pointer(config), "n_samplers": 1}
+    context = model.context(**options)
+    tokens, out, in_graph = model.tokens(job["prompt"]), [], 0
+    while len(out) < job["n_predict"]:
+        batch = make_batch(context, [([0], tokens)])
+        for i in range(len(tokens) - 1):
+            batch.logits[i] = 0
+        assert llama_cpp.llama_decode(context, batch) == 0, "".join(messages)
+        llama_cpp.llama_batch_free(batch)
+        in_graph += llama_cpp.llama_get_sampled_token_ith(context, -1) >= 0
+        tokens = [llama_cpp.llama_sampler_sample(chain, context, -1)]
+        out += tokens
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_sampler_free(chain)
+    model.close()
+    return out, in_graph
 
 
 if __name__ == "__main__":

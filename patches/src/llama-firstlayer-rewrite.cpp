@@ -191,7 +191,19 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         }
     }
 
-    // the impure nodes keep their order; the others come in where they are needed
+    // lookups come first: between nodes on a device, each would cost it a stop
+    for (ggml_tensor * t : nodes) {
+        if (get(t).kind != KIND_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            continue;
+        }
+        for (ggml_tensor * src : t->src) {
+            if (src && get(src).kind == KIND_PURE) {
+                ggml_build_forward_expand(gf, src);
+            }
+        }
+    }
+
+    // the impure nodes keep their order
     for (ggml_tensor * t : nodes) {
         if (get(t).kind != KIND_IMPURE && !(t->flags & GGML_TENSOR_FLAG_OUTPUT)) {
             continue;

@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 static const char * const KV_VERSION          = "firstlayer.version";
@@ -82,7 +83,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
             throw std::runtime_error(
                 format("first-layer site %zu is in table %u, expected %zu at most", i, table[i], res->tables.size()));
         }
-        const std::string suffix = std::to_string(table[i]) + ".weight";
+        const std::string suffix = std::to_string(table[i]) + ".table";
         if (table[i] == res->tables.size()) {
             res->tables.push_back({ suffix, nullptr });
         }
@@ -247,6 +248,18 @@ void llama_firstlayer::check(llama_model_base & model) {
     }
     LLAMA_LOG_INFO("%s: first layer: %zu sites come from %zu tables, %zu weights are elided\n", __func__, sites.size(),
                    tables.size(), phantoms.size());
+}
+
+bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) const {
+    const bool is_embedding = model.tok_embd && strcmp(ggml_get_name(model.tok_embd), name) == 0;
+    if (!elides(name) && !(is_embedding && !phantoms.empty())) {
+        return true;
+    }
+    LLAMA_LOG_ERROR(
+        "%s: tables were computed from weight '%s', so it cannot be adapted: convert the model again with "
+        "--keep-weights\n",
+        __func__, name);
+    return false;
 }
 
 void llama_firstlayer::rewrite(const llama_model &           model,

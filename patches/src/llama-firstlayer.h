@@ -97,6 +97,7 @@ LLAMA_API int32_t llama_model_firstlayer_get_site(const struct llama_model *    
 struct ggml_cgraph;
 
 struct llama_firstlayer_walk;
+struct llama_model;
 struct llama_model_base;
 struct llama_model_loader;
 struct llm_graph_params;
@@ -128,6 +129,9 @@ struct llama_firstlayer {
     static std::unique_ptr<llama_firstlayer> load(llama_model_loader & ml, uint32_t n_vocab);
 
     bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
+
+    // Whether a weight can be given out, for adapters; logs an error if not.
+    bool can_adapt(const char * name, const llama_model & model) const;
 
     // a tensor of the given shape and type that has no data, nullptr if the weight is not elided
     ggml_tensor * phantom(llama_model_loader & ml, const ggml_tensor & meta);

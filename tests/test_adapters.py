@@ -1,0 +1,124 @@
+"""What needs weights that tables replace: LoRA on layer 0, and vectors instead of tokens as input. And requantizing."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PATCHED, compare, run
+from gguf import GGUFReader, GGUFWriter
+
+from gguf_firstlayer import convert
+
+
+def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:
+    """A random adapter of rank 4 of one weight [columns, rows]; of an embedding, which is looked up, [rows, columns]."""
+    generator = np.random.default_rng(rows + columns + len(tensor))
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    a = (columns, 4) if tensor == "token_embd.weight" else (4, columns)
+    writer.add_tensor(f"{tensor}.lora_a", generator.normal(0, 0.1, a).astype(np.float32))
+    writer.add_tensor(f"{tensor}.lora_b", generator.normal(0, 0.1, (rows, 4)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory) -> dict[str, Path]:
+    """Of SmolLM2; "embedding" of the tiny Llama, because llama.cpp takes none where the embedding is the output as well."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "layer 0": lora(folder / "0.gguf", "blk.0.attn_q.weight", 576, 576),
+        "layer 5": lora(folder / "5.gguf", "blk.5.ffn_down.weight", 576, 1536),
+        "embedding": lora(folder / "e.gguf", "token_embd.weight", 256, 128),
+    }
+
+
+@pytest.fixture(scope="session")
+def kept(smollm, tmp_path_factory) -> Path:
+    return convert(smollm, tmp_path_factory.mktemp("kept") / "kept.gguf", type="f32", keep_weights=True).output
+
+
+PROMPT = "Once upon a time, in a village by the sea,"
+
+
+def test_adapters_on_kept_weights(adapters, smollm, kept):
+    """Adapters are switched at run time; those of layer 0 change the recipes, so that the kept weights are used.
+
+    Fails if a table is used in spite of an adapter, or is not used any more after one.
+    """
+    sets = [[], [[0, 1.0]], [[1, 0.5]], [[0, 0.5], [1, 1.0]], []]
+    job = {"run": "adapted", "tokens": PROMPT, "adapters": [adapters["layer 0"], adapters["layer 5"]], "sets": sets}
+    ((stock, ours),) = compare(smollm, kept, job)
+    assert all(map(np.array_equal, stock, ours))
+    assert [np.array_equal(stock[0], logits) for logits in stock] == [True, False, False, False, True]
+
+
+def test_adapter_of_the_embedding(adapters, llama, tmp_path):
+    converted = convert(llama, tmp_path / "kept.gguf", type="f32", keep_weights=True).output
+    job = {"run": "adapted", "tokens": {"count": 20, "seed": 1}, "adapters": [adapters["embedding"]], "sets": [[[0, 1.0]], []]}
+    ((stock, ours),) = compare(llama, converted, job)
+    assert all(map(np.array_equal, stock, ours))
+    assert not np.array_equal(stock[0], stock[1])
+
+
+def test_adapters_of_other_layers(adapters, smollm, smollm_flp):
+    job = {"run": "adapted", "tokens": PROMPT, "adapters": [adapters["layer 5"]], "sets": [[[0, 1.0]], []]}
+    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
+    assert all(map(np.array_equal, stock, ours))
+    assert not np.array_equal(stock[0], stock[1])
+
+
+@pytest.mark.parametrize("name", ["layer 0", "embedding"])
+def test_adapter_of_an_elided_weight(name, adapters, smollm_flp, llama_flp):
+    """Tables were computed from weights without the adapter, so it cannot be loaded."""
+    model = llama_flp if name == "embedding" else smollm_flp["f32"]
+    job = {"run": "adapted", "model": model, "tokens": PROMPT, "adapters": [adapters[name]], "sets": []}
+    (message,) = run(PATCHED, job)
+    assert "--keep-weights" in message
+    assert GGUFReader(adapters[name]).tensors[0].name.removesuffix(".lora_a") in message
+
+
+STEPS = [["decode", [[0], {"count": 9, "seed": 1}]], ["embed", 9, 12, 2], ["decode", [[0], {"count": 5, "seed": 3}]]]
+
+
+@pytest.mark.parametrize("name", ["smollm", "gemma3-dense", "gemma4-dense", "command-r-dense", "mamba-dense"])
+def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
+    """Between tokens come vectors, as of images: with the weights kept, everything is as without tables."""
+    source = smollm if name == "smollm" else archs / f"{name}.gguf"
+    converted = kept if name == "smollm" else convert(source, tmp_path / "x.gguf", type="f32", keep_weights=True).output
+    ((stock, ours),) = compare(source, converted, {"run": "session", "steps": STEPS})
+    assert all(map(np.array_equal, stock, ours))
+
+
+def test_quantize_leaves_tables_alone(smollm, smollm_flp, tmp_path):
+    """llama-quantize copies tables: they were quantized on purpose, or kept exact. Everything else is quantized."""
+    small = tmp_path / "q8_0.gguf"
+    subprocess.run(
+        [PATCHED / "llama-quantize", "--allow-requantize", "--pure", smollm_flp["f32"], small, "q8_0"],
+        check=True,
+        capture_output=True,
+    )
+    before, after = ({t.name: t for t in GGUFReader(path).tensors} for path in (smollm_flp["f32"], small))
+    assert before.keys() == after.keys()
+    table = "firstlayer.0.table"
+    assert after[table].tensor_type == before[table].tensor_type
+    assert np.array_equal(after[table].data, before[table].data)
+    assert after["blk.1.attn_q.weight"].tensor_type != before["blk.1.attn_q.weight"].tensor_type
+
+    # the same as quantizing the source, but for the first layer, which is that of the source
+    plain = tmp_path / "plain.gguf"
+    subprocess.run(
+        [PATCHED / "llama-quantize", "--allow-requantize", "--pure", smollm, plain, "q8_0"], check=True, capture_output=True
+    )
+    reference = {t.name: t for t in GGUFReader(plain).tensors}
+    assert all(np.array_equal(tensor.data, reference[name].data) for name, tensor in after.items() if name != table)
+    (logits,) = run(PATCHED, {"run": "logits", "model": small, "tokens": PROMPT, "batches": [8]})
+    assert np.isfinite(logits[8]).all()

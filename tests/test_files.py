@@ -1,0 +1,156 @@
+"""Source files: every type of weights, models in several parts, files over 4 GiB."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from architectures import differences
+from conftest import PATCHED, REPORT, cli, compare, refusal, rewrite
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+
+from gguf_firstlayer import FirstLayerError, convert, inspect
+from gguf_firstlayer.convert import TYPES
+from gguf_firstlayer.runtime import library
+
+
+def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
+    """A copy of a model of F32 with the matrices of its attention in another type."""
+    block, size = GGML_QUANT_SIZES[kind]
+    quantize = library().ggml.ggml_quantize_chunk
+
+    def convert_tensor(name: str, data: np.ndarray) -> np.ndarray:
+        width = data.shape[-1]
+        if data.ndim < 2 or ".attn_" not in name or width % block or kind == GGMLQuantizationType.F32:
+            return data
+        rows = np.ascontiguousarray(data.reshape(-1, width))
+        out = np.empty((len(rows), width // block * size), dtype=np.uint8)
+        importance = np.ones(width, dtype=np.float32)  # which the smallest types cannot do without
+        quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), width, importance.ctypes.data)
+        return out.reshape(*data.shape[:-1], -1)
+
+    return rewrite(source, target, change_tensor=convert_tensor, change_type=kind)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_source_type(kind, llama, tmp_path):
+    """Whatever the type of the weights, tables hold what the kernels for it give.
+
+    Fails if rows are computed by other kernels than those of the run time, such as for repacked weights.
+    """
+    source = quantized(llama, tmp_path / "source.gguf", TYPES[kind])
+    types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(source).tensors}
+    assert types["blk.0.attn_q.weight"] == TYPES[kind]
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    exact = [size for size, value in differences(source, converted, [1, 2, 7, 64]).items() if value == 0]
+    REPORT.append(f"weights of {kind}: f32 tables give the stock library's bits in batches of {', '.join(map(str, exact))}")
+
+
+def split(source: Path, prefix: Path, *options: str) -> list[Path]:
+    command = [PATCHED / "llama-gguf-split", "--split", "--split-max-tensors", "10", *options, source, prefix]
+    subprocess.run(command, check=True, capture_output=True)
+    return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))
+
+
+@pytest.mark.parametrize("options", [[], ["--no-tensor-first-split"]], ids=["plain", "no tensor in the first part"])
+def test_split_source(options, llama, llama_flp, tmp_path):
+    """A model in parts converts to what the whole one does."""
+    parts = split(llama, tmp_path / "part", *options)
+    assert len(parts) > 2
+    result = convert(parts[0], type="f32")
+    assert result.output == tmp_path / "part-flp.gguf"
+    assert result.source_bytes == sum(part.stat().st_size for part in parts)
+    a, b = GGUFReader(result.output), GGUFReader(llama_flp)
+    assert {t.name: t.data.tobytes() for t in a.tensors} == {t.name: t.data.tobytes() for t in b.tensors}
+    skip = {"GGUF.kv_count"}
+    values = [{name: field.contents() for name, field in reader.fields.items() if name not in skip} for reader in (a, b)]
+    assert values[0] == values[1]
+    assert len(inspect(parts[0]).sites) == 3
+
+
+def test_split_output(llama, llama_flp, tmp_path):
+    """The output can be written in parts, which run."""
+    done = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--split-max-size", "1M")
+    assert done.returncode == 0, done.stderr
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) > 2
+    assert parts[0].name == f"x-00001-of-{len(parts):05}.gguf"
+    assert str(parts[0]) in done.stdout
+    assert [site.recipe for site in inspect(parts[0]).sites] == [site.recipe for site in inspect(llama_flp).sites]
+    ((stock, ours),) = compare(llama, parts[0], {"run": "logits", "tokens": {"count": 20, "seed": 1}, "batches": [20]})
+    assert np.array_equal(stock[20], ours[20])
+
+    again = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--split-max-size", "1M")
+    assert "exists; replace it with --force" in refusal(again)
+    assert sorted(tmp_path.iterdir()) == parts
+    assert "no size of a part" in refusal(cli("convert", llama, "--split-max-size", "1T", "-o", tmp_path / "y.gguf"))
+
+
+def test_bad_parts(llama, tmp_path):
+    parts = split(llama, tmp_path / "part")
+    with pytest.raises(FirstLayerError, match=r"is part 2 of a split model; give the first, .*part-00001-of"):
+        convert(parts[1])
+    renamed = tmp_path / "renamed.gguf"
+    parts[0].rename(renamed)
+    with pytest.raises(FirstLayerError, match="is not named like"):
+        convert(renamed)
+    renamed.rename(parts[0])
+    parts[1].unlink()
+    with pytest.raises(FirstLayerError, match=r"part-00002-of.* cannot be read: No such file"):
+        convert(parts[0])
+
+
+BIG = 5 << 30
+
+
+@pytest.mark.skipif(shutil.disk_usage("/tmp").free < 3 * BIG, reason="needs 10 GiB on the disk")
+def test_more_than_4_gib(tmp_path):
+    """Offsets of tensors do not fit into 32 bits. The first layer comes last, after a hole of 4 GiB that is mostly zeros."""
+    layers, width, hidden, vocab = 180, 256, 16384, 64
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in reversed(range(layers)):
+        shapes |= {f"blk.{i}.attn_{which}": (width, width) for which in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_{which}": (hidden, width) for which in ("gate", "up")}
+        shapes |= {f"blk.{i}.ffn_down": (width, hidden), f"blk.{i}.attn_norm": (width,), f"blk.{i}.ffn_norm": (width,)}
+    shapes |= {"token_embd": (vocab, width), "output_norm": (width,)}
+
+    writer = GGUFWriter(tmp_path / "big.gguf", "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("no_vocab")
+    sizes = {name: int(np.prod(shape)) * (2 if len(shape) > 1 else 4) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        kind = np.dtype(np.float16 if len(shape) > 1 else np.float32)
+        writer.add_tensor_info(f"{name}.weight", shape, kind, sizes[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+    generator = np.random.default_rng(1)
+    with (tmp_path / "big.gguf").open("r+b") as file:
+        end = -(-file.seek(0, 2) // 32) * 32
+        for name, shape in shapes.items():
+            file.seek(end)
+            if len(shape) == 1:
+                file.write(np.ones(shape, np.float32).tobytes())
+            elif name.startswith(("blk.0.attn", "token_embd")):
+                file.write(generator.normal(0, 0.1, shape).astype(np.float16).tobytes())
+            end += -(-sizes[name] // 32) * 32
+        file.truncate(end)
+    assert end > 4 << 30
+
+    result = convert(tmp_path / "big.gguf", type="f32")
+    offsets = {tensor.name: tensor.data_offset for tensor in GGUFReader(result.output).tensors}
+    assert offsets["firstlayer.0.table"] > 4 << 30
+    ((stock, ours),) = compare(result.source, result.output, {"run": "logits", "tokens": [1, 2, 3], "batches": [3]})
+    assert np.array_equal(stock[3], ours[3])
+    assert np.unique(stock[3], axis=0).shape[0] == 3

@@ -1,0 +1,589 @@
+"""The ways of running llama.cpp: with F32 tables, each gives what it gives for the source model, to the last bit.
+
+What a context computes is compared with the stock library; what only a tool does, with the same tool on the source model.
+Everything runs on one thread, which is slower but does not collapse when the machine has other things to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PATCHED, ROOT, STOCK, both, compare, run
+from gguf import GGUFReader, GGUFWriter, PoolingType
+
+from gguf_firstlayer import convert
+
+FILE = ROOT / "tests" / "text.txt"
+TEXT = FILE.read_text()
+Q4_0, Q8_0 = 2, 8  # enum ggml_type
+
+
+#
+# one context
+#
+
+
+def session(model: Path, build: Path, steps: list[Any], **job: Any) -> list[np.ndarray]:
+    """What the decode steps of a session give."""
+    (results,) = run(build, job | {"run": "session", "model": model, "steps": steps})
+    assert all(np.isfinite(result).all() for result in results)
+    return results
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return len(a) == len(b) > 0 and all(map(np.array_equal, a, b))
+
+
+PROMPT: list[Any] = [["decode", [[0], TEXT[:250]]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
+EMBED: list[Any] = [["decode", [[0], TEXT[:200]], [[1], TEXT[300:340]], [[2], TEXT[400:600]]], ["decode", [[3], [5]]]]
+
+# sequences of unequal length, some of them with one token, in one batch; tokens that alternate between sequences
+UNEQUAL: list[Any] = [
+    ["decode", [[0], TEXT[:100]], [[1], TEXT[300:340]], [[2], TEXT[400:600]]],
+    ["decode", [[1], TEXT[340:420]], [[2], [42]]],
+    ["cp", 0, 3, -1, -1],
+    ["decode", [[3], [44]], [[1], [45]], [[0], [46]], [[2], [47, 48]], [[0], [49]], [[3], [50]]],
+]
+COUPLED = [["decode", [[0, 3], TEXT[200:260]], [[2], [43]]], *UNEQUAL[3:]]
+
+# name -> options of the model, options of the context, steps
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
+    "flash attention": ({}, {"flash_attn_type": 1}, PROMPT),
+    "no flash attention": ({}, {"flash_attn_type": 0}, PROMPT),
+    "cache q8_0": ({}, {"flash_attn_type": 1, "type_k": Q8_0, "type_v": Q8_0}, PROMPT),
+    "cache q4_0": ({}, {"flash_attn_type": 1, "type_k": Q4_0, "type_v": Q4_0}, PROMPT),
+    "small ubatch": ({}, {"n_ubatch": 16}, PROMPT),
+    "rope options": ({}, {"rope_freq_base": 5e3, "rope_freq_scale": 0.5}, PROMPT),
+    "control vector": ({}, {}, [["control", 1], *PROMPT]),
+    "shift": ({}, {}, [*PROMPT, ["rm", 0, 4, 20], ["add", 0, 20, -1, -16], *PROMPT]),
+    "self-extend": ({}, {}, [*PROMPT, ["div", 0, 8, 40, 4], ["add", 0, 40, -1, -24], *PROMPT]),
+    "unified cache": ({}, {"n_seq_max": 4, "kv_unified": True}, UNEQUAL + COUPLED),
+    "separate caches": ({}, {"n_seq_max": 4, "kv_unified": False}, UNEQUAL),
+    "unified cache, small ubatch": ({}, {"n_seq_max": 4, "kv_unified": True, "n_ubatch": 16}, UNEQUAL + COUPLED),
+    "separate caches, small ubatch": ({}, {"n_seq_max": 4, "kv_unified": False, "n_ubatch": 16}, UNEQUAL),
+} | {
+    f"pooling {name}": ({}, {"embeddings": True, "pooling_type": number, "n_seq_max": 4, "kv_unified": True}, EMBED)
+    for number, name in enumerate(["none", "mean", "cls", "last"])
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_context(name, smollm, smollm_flp):
+    """A real model gives the same bits, whatever the context is asked for.
+
+    Fails if the rewrite takes the token axis for another one, rows of one sequence for another's, or a graph that is built
+    only here is rewritten wrongly or not at all.
+    """
+    load, context, steps = CASES[name]
+    stock, ours = (
+        session(model, build, steps, load=load, context=context)
+        for model, build in [(smollm, STOCK), (smollm_flp["f32"], PATCHED)]
+    )
+    assert same(stock, ours)
+    assert len(np.unique(stock[0])) > 500
+
+
+# llama_load_mode: none, mmap, mlock, both, direct I/O; llama_lazy_mode: off, on
+@pytest.mark.parametrize("load", [*({"load_mode": mode} for mode in range(5)), {"lazy_mode": 0}, {"lazy_mode": 2}], ids=str)
+def test_loading(load, smollm, smollm_flp):
+    """However the tables come into memory, or are left in the file, rows are the same.
+
+    Fails if tables are not loaded, or from the wrong place, or are not kept where rows are read.
+    """
+    steps = [["decode", [[0], TEXT[:200]]]]
+    assert same(session(smollm, STOCK, steps), session(smollm_flp["f32"], PATCHED, steps, load=load))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_lazy_tables_stay_in_the_file(smollm_flp):
+    """Lazy reading is for tables too: what is not looked up takes no memory. Fails if tables are not marked for it."""
+    steps = [["decode", [[0], [1, 2, 3]]], ["resident"]]
+    off, on = (session(smollm_flp["f32"], PATCHED, steps, load={"lazy_mode": mode})[1][0] for mode in (0, 2))
+    table = 49152 * 960 * 4
+    assert off - on > table / 2  # pages around those that are read come along
+
+
+def random(count: int, seed: int) -> dict[str, int]:
+    return {"count": count, "seed": seed}
+
+
+# more than one token of a sequence at a time: for one, F32 weights have a kernel of their own
+SEQUENCES: list[Any] = [
+    ["decode", [[0], random(40, 1)], [[1], random(9, 2)], [[2], random(70, 3)]],
+    ["decode", [[1], random(17, 4)], [[2], random(2, 5)]],
+    ["decode", [[0], random(2, 6)], [[2], random(2, 7)], [[1], random(2, 8)], [[3], random(2, 9)]],
+]
+
+# recurrent, hybrid, sliding window, latent, whole block in the table
+MEMORIES = ["mamba-dense", "qwen35-dense", "falcon-h1-dense", "gemma3-dense", "deepseek2-moe", "falcon-dense", "arctic-moe"]
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_sequences_of_other_memories(name, archs, tmp_path):
+    """Recurrent models get batches with an axis for sequences, which must be told from the axis of tokens."""
+    source = archs / f"{name}.gguf"
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    context = {"n_seq_max": 4}
+    job = {"run": "session", "steps": SEQUENCES}
+    jobs = [job | {"context": context | {"kv_unified": unified, "n_ubatch": 32}} for unified in (True, False)]
+    for stock, ours in compare(source, converted, *jobs):
+        assert same(stock, ours)
+
+
+@pytest.mark.parametrize("name", ["smollm", "mamba-dense", "qwen35-dense", "gemma3-dense"])
+def test_saved_state(name, archs, smollm, smollm_flp, tmp_path):
+    """A saved context or sequence holds the same bytes, and each model goes on from what the other one saved.
+
+    Fails if layer 0 writes other keys and values, or if anything that a state holds or is checked against depends on tables.
+    """
+    source = smollm if name == "smollm" else archs / f"{name}.gguf"
+    converted = smollm_flp["f32"] if name == "smollm" else convert(source, tmp_path / "flp.gguf", type="f32").output
+    sides = {"stock": (source, STOCK), "ours": (converted, PATCHED)}
+    context = {"n_seq_max": 4, "kv_unified": False}
+    go_on = ["decode", [[0], random(5, 3)], [[1], random(7, 4)]]
+
+    def file(side: str, what: str) -> str:
+        return str(tmp_path / f"{side}-{what}")
+
+    before = {}
+    for side, (model, build) in sides.items():
+        start = ["decode", [[0], random(50, 1)], [[1], random(20, 2)]]
+        saves = [["save", file(side, "all")], ["save", file(side, "one"), 1]]
+        before[side] = session(model, build, [start, *saves, go_on], context=context)
+    assert same(before["stock"], before["ours"])
+    for what in ("all", "one"):
+        state = Path(file("stock", what)).read_bytes()
+        assert len(state) > 1000
+        assert state == Path(file("ours", what)).read_bytes()
+
+    # a restored cache is laid out anew, which can round otherwise, so what comes next is compared between restored ones
+    elsewhere = ["decode", [[2], random(7, 4)]]
+    stock, ours = (
+        session(model, build, [["load", file(other, "all")], go_on], context=context)
+        + session(model, build, [["load", file(other, "one"), 2], elsewhere], context=context)
+        for (model, build), other in [(sides["stock"], "ours"), (sides["ours"], "stock")]
+    )
+    assert same(stock, ours)
+    assert np.allclose(stock[0], before["stock"][1], atol=0.05)
+    assert np.allclose(stock[1], before["stock"][1][5:], atol=0.05)
+
+
+CHAINS = {
+    "greedy": [["greedy"]],
+    "top-k": [["top_k", 40], ["temp", 0.9], ["dist", 7]],
+    "grammar": [["grammar", 'root ::= ("yes" | "no" | "perhaps") (", " root)?'], ["greedy"]],
+}
+
+
+@pytest.mark.parametrize(("chain", "backend"), [("greedy", True), ("top-k", False), ("top-k", True), ("grammar", False)])
+def test_samplers(chain, backend, smollm, smollm_flp):
+    """Samplers draw the same tokens, also those that are part of the graph, which the rewrite must leave there.
+
+    Fails if the rewrite drops the nodes of samplers: then no token is drawn in the graph.
+    """
+    job = {"run": "sample", "chain": CHAINS[chain], "backend": backend, "prompt": "The answer is", "n_predict": 24}
+    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
+    assert stock == ours
+    assert ours[1] == (24 if backend else 0)
+
+
+#
+# tools
+#
+
+
+def tool(name: str, *arguments: object, log: bool = False) -> str:
+    """What a tool of the patched build prints, or its log."""
+    command = [str(PATCHED / name), *map(str, arguments)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stderr if log else done.stdout
+
+
+def complete(model: Path, *arguments: object) -> str:
+    return tool("llama-completion", "-m", model, "-t", 1, "-no-cnv", "-c", 1024, "-n", 32, "--temp", 0, *arguments)
+
+
+@pytest.fixture(scope="session")
+def control_vector(tmp_path_factory) -> Path:
+    """A random control vector for layers 1 to 29 of SmolLM2."""
+    path = tmp_path_factory.mktemp("control") / "control.gguf"
+    writer = GGUFWriter(path, "controlvector")
+    generator = np.random.default_rng(1)
+    for layer in range(1, 30):
+        writer.add_tensor(f"direction.{layer}", generator.normal(0, 0.3, 576).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}}}'
+
+# options of llama-completion that change the text
+TEXTS: dict[str, list[object]] = {
+    "self-extend": ["-p", TEXT[:500], "-gan", 4, "-gaw", 32],
+    "context shift": ["-p", "Once upon a time", "-c", 64, "-n", 100, "--context-shift", "--keep", 4],
+    "grammar": ["-p", "Once upon a time", "--grammar", 'root ::= ([a-m]+ " ")+'],
+    "json schema": ["-p", "A person:", "-j", SCHEMA],
+    "backend sampling": ["-p", "Once upon a time", "--temp", 0.8, "--seed", 1, "-bs"],
+    "control vector": ["-p", "Once upon a time"],
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_completion(name, smollm, smollm_flp, control_vector):
+    """Options of llama-completion have the same effect, and have one."""
+    options = TEXTS[name] + (["--control-vector", control_vector] if name == "control vector" else [])
+    source, converted = both(lambda model: complete(model, *options), smollm, smollm_flp["f32"])
+    assert source == converted
+    assert source != complete(smollm, *TEXTS[name][:2])
+
+
+def test_prompt_cache(smollm, smollm_flp, tmp_path):
+    """llama-completion goes on from a saved prompt, its own or the source's."""
+    caches = {model: tmp_path / model.stem for model in (smollm, smollm_flp["f32"])}
+
+    def start(model: Path) -> str:
+        return complete(model, "-p", TEXT[:300], "-n", 16, "--prompt-cache", caches[model])
+
+    def go_on(model: Path, cache: Path) -> str:
+        return complete(model, "-p", TEXT[:380], "-n", 16, "--prompt-cache", cache, "--prompt-cache-ro")
+
+    source, converted = both(start, *caches)
+    assert source == converted
+    first, second = (cache.read_bytes() for cache in caches.values())
+    assert first == second
+    for cache in caches.values():
+        a, b = both(lambda model, cache=cache: go_on(model, cache), *caches)
+        assert a == b != source
+
+
+def test_chat(smollm, smollm_flp):
+    """llama-cli answers the same; what it says before that names the file."""
+    options = ["-t", 1, "-st", "-p", "What is the capital of France?", "-n", 24, "--temp", 0, "-c", 512, "--no-show-timings"]
+    printed = both(lambda model: tool("llama-cli", "-m", model, *options), smollm, smollm_flp["f32"])
+    source, converted = (text.split("\n> ", 1)[1] for text in printed)
+    assert source == converted
+    assert len(source) > 60
+
+
+def test_perplexity(smollm, smollm_flp, tmp_path):
+    """Every digit of the perplexity is the same, and so are the probabilities that llama-perplexity saves."""
+
+    def measure(model: Path) -> tuple[list[str], bytes]:
+        saved = tmp_path / model.stem
+        options = ["-m", model, "-t", 1, "-f", FILE, "-c", 128, "--chunks", 2, "--save-all-logits", saved]
+        return re.findall("Final estimate: PPL = .*", tool("llama-perplexity", *options, log=True)), saved.read_bytes()
+
+    source, converted = both(measure, smollm, smollm_flp["f32"])
+    assert source == converted
+    assert len(source[0]) == 1
+
+
+def test_imatrix(smollm, smollm_flp, tmp_path):
+    """An importance matrix has the source's values for all weights but the elided ones, which nothing multiplies with.
+
+    Fails if a weight is collected under another name or with other activations, or if an elided one is read after all.
+    """
+
+    def collect(model: Path) -> dict[str, bytes]:
+        path = tmp_path / f"{model.stem}.imatrix.gguf"
+        tool("llama-imatrix", "-m", model, "-t", 1, "-f", FILE, "-c", 128, "--chunks", 2, "-o", path, "--no-ppl")
+        return {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
+
+    source, converted = both(collect, smollm, smollm_flp["f32"])
+    assert converted == {name: source[name] for name in converted}
+    gone = {name.rsplit(".", 1)[0] for name in set(source) - set(converted)}
+    assert gone == {f"blk.0.attn_{which}.weight" for which in "qkv"}
+
+
+@pytest.mark.parametrize("limit", [["--split-max-tensors", 10], ["--split-max-size", "60M"]], ids=["tensors", "size"])
+def test_split_and_merge(limit, llama_flp, smollm_flp, tmp_path):
+    """A converted file can be split, runs in parts, and is the same after merging.
+
+    Fails if tables are looked for in the first part only, or if a part loses keys or tensors.
+    """
+    converted = smollm_flp["q8_0"] if "60M" in limit else llama_flp
+    tool("llama-gguf-split", "--split", *limit, converted, tmp_path / "part")
+    parts = sorted(tmp_path.glob("part-*.gguf"))
+    assert len(parts) > 1
+    steps = [["decode", [[0], random(50, 1)]]]
+    assert same(session(converted, PATCHED, steps), session(parts[0], PATCHED, steps))
+
+    merged = tmp_path / "merged.gguf"
+    tool("llama-gguf-split", "--merge", parts[0], merged)
+    before, after = GGUFReader(converted), GGUFReader(merged)
+    assert [(t.name, t.tensor_type, t.data.tobytes()) for t in before.tensors] == [
+        (t.name, t.tensor_type, t.data.tobytes()) for t in after.tensors
+    ]
+    values = {
+        key: field.contents() for key, field in after.fields.items() if not key.startswith("split.") and key != "GGUF.kv_count"
+    }
+    assert values == {key: field.contents() for key, field in before.fields.items() if key != "GGUF.kv_count"}
+
+
+def test_benchmarks(smollm_flp):
+    """llama-bench and llama-batched-bench run to their ends; what they measure differs every time."""
+    model = smollm_flp["f32"]
+    results = json.loads(tool("llama-bench", "-m", model, "-t", 1, "-p", 16, "-n", 4, "-r", 1, "-fa", "0,1", "-o", "json"))
+    assert [(result["n_prompt"], result["n_gen"]) for result in results] == [(16, 0), (0, 4)] * 2
+    assert all(result["avg_ts"] > 0 for result in results)
+    options = ["-t", 1, "-c", 256, "-npp", 16, "-ntg", 4, "-npl", "1,4", "--output-format", "jsonl"]
+    lines = tool("llama-batched-bench", "-m", model, *options).splitlines()
+    results = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [(result["pl"], result["speed"] > 0) for result in results] == [(1, True), (4, True)]
+
+
+#
+# server
+#
+
+Post = Callable[..., Any]
+
+
+@contextmanager
+def server(model: Path, *options: object) -> Iterator[Post]:
+    """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
+
+    def post(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as err:
+            raise AssertionError(err.read().decode()) from err
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None, f"llama-server ended with {process.returncode}"
+                assert time.monotonic() < deadline
+                try:
+                    post("/health")
+                    break
+                except (AssertionError, OSError):  # loading, or not listening yet
+                    time.sleep(0.05)
+            yield post
+        finally:
+            process.kill()
+
+
+def essence(answer: Any) -> Any:
+    """An answer without names and times."""
+    if isinstance(answer, list):
+        return [essence(part) for part in answer]
+    if not isinstance(answer, dict):
+        return answer
+    volatile = {"generation_settings", "model", "created", "id", "filename", "usage", "system_fingerprint"}
+    return {
+        key: essence(value) for key, value in answer.items() if key not in volatile and not key.endswith(("_ms", "_per_second"))
+    }
+
+
+Requests = list[tuple[str, Any]]
+
+
+def serve(model: Path, requests: Requests, *options: object) -> list[Any]:
+    """Answers to requests, sent one after the other to a new server."""
+    with server(model, *options) as post:
+        return [essence(post(path, body)) for path, body in requests]
+
+
+def prompt(text: str | list[str], n_predict: int = 16, **options: Any) -> tuple[str, Any]:
+    body = {"prompt": text, "n_predict": n_predict, "temperature": 0, "seed": 1, "n_probs": 3}
+    return "/completion", body | options
+
+
+# of unequal length, more than there are slots; a list of prompts enters the queue at once, so batches are always the same
+PROMPTS = [TEXT[:200], "def fibonacci(n):", TEXT[300:600], "Once", "The capital of France is", TEXT[900:1000]]
+SLOTS = ["-np", 4, "-c", 4096]
+
+
+def words(first: int, end: int) -> str:
+    return "".join(re.findall(r"\s*\S+", TEXT)[first:end])
+
+
+# name -> options of the server, requests
+SERVED: dict[str, tuple[list[object], Requests]] = {
+    "slots": (SLOTS, [prompt(PROMPTS), prompt(PROMPTS[::-1], 8, temperature=1)]),
+    "slots with one cache": ([*SLOTS, "--kv-unified"], [prompt(PROMPTS)]),
+    "prompt cache": (["-np", 1, "-c", 1024], [prompt(TEXT[:300]), prompt(TEXT[:400]), prompt(TEXT[:200] + TEXT[300:400])]),
+    "reuse by shifting": (
+        ["-np", 1, "-c", 1024, "--cache-reuse", 16],
+        [prompt(words(0, 100)), prompt(words(0, 20) + words(50, 100))],
+    ),
+    "context shift": (["-np", 1, "-c", 256, "--context-shift"], [prompt(TEXT[:600], 120, ignore_eos=True)]),
+    "schema, grammar and chat": (
+        ["-np", 1, "-c", 1024],
+        [
+            prompt("A person:", 40, json_schema=json.loads(SCHEMA)),
+            prompt("Is it raining?", grammar='root ::= ("yes" | "no" | "perhaps") (", " root)?'),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16, "temperature": 0}),
+        ],
+    ),
+    "backend sampling": (["-np", 2, "-c", 1024, "-bs"], [prompt(PROMPTS[:2], n_probs=0, temperature=0.8)]),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_server(name, smollm, smollm_flp):
+    """llama-server answers the same, to the last digit of the probabilities of each token."""
+    options, requests = SERVED[name]
+    source, converted = both(lambda model: serve(model, requests, *options), smollm, smollm_flp["f32"])
+    assert source == converted
+    flat = [answer for answers in source for answer in (answers if isinstance(answers, list) else [answers])]
+    assert all(answer.get("content") or answer.get("choices") for answer in flat)
+    if name in ("prompt cache", "reuse by shifting"):
+        assert all(answer["timings"]["cache_n"] > 20 for answer in source[1:])
+    if name == "context shift":
+        assert flat[0]["timings"]["predicted_n"] == 120
+
+
+def test_slots_join_and_leave(smollm, smollm_flp):
+    """Requests that arrive while others are computed get the text that the source gives each of them on its own.
+
+    Batches are composed by chance here, which moves logits by rounding. So these are texts without a close call: each token
+    is at least half a nat ahead. Fails if a token gets a row of another one, be it of its own or of another slot.
+    """
+    texts = [", ".join(f"{word} {i}" for i in range(1, 8 + 4 * n)) for n, word in enumerate(["line", "page", "day", "room"])]
+    requests = [prompt(text + ",", 16 + 4 * n) for n, text in enumerate(texts * 2)]
+    alone = serve(smollm, requests[: len(texts)], "-np", 1, "-c", 1024) * 2
+    for answer in alone:
+        for token in answer["completion_probabilities"]:
+            first, second = (top["logprob"] for top in token["top_logprobs"][:2])
+            assert first - second > 0.5
+
+    with server(smollm_flp["f32"], *SLOTS, "--metrics") as post, ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(lambda request: post(*request), requests))
+        metrics = post("/metrics")
+    for one, other in zip(alone, together, strict=True):
+        assert other["content"].startswith(one["content"])
+    assert float(re.search(r"^llamacpp:n_busy_slots_per_decode ([\d.]+)", metrics, re.M)[1]) > 1.5
+
+
+def test_saved_slot(smollm, smollm_flp, tmp_path):
+    """A slot that one model saved is restored by the other one, which goes on with the same probabilities."""
+    options = ["-np", 2, "-c", 1024, "--slot-save-path", f"{tmp_path}/"]
+    others = {smollm: smollm_flp["f32"], smollm_flp["f32"]: smollm}
+    start, go_on = prompt(TEXT[:500], id_slot=0), prompt(TEXT[:560], id_slot=1)
+
+    def exchange(model: Path) -> Any:
+        saved = serve(model, [start, ("/slots/0?action=save", {"filename": model.stem})], *options)[1]
+        assert saved["n_saved"] > 100
+        restore = ("/slots/1?action=restore", {"filename": model.stem})
+        restored, answer = serve(others[model], [restore, go_on], *options)
+        assert restored["n_restored"] == saved["n_saved"]
+        assert answer["timings"]["cache_n"] > 80
+        return answer
+
+    source, converted = both(exchange, *others)
+    assert source == converted
+
+
+@pytest.mark.parametrize("target", ["source", "converted"])
+def test_draft_model(target, smollm, smollm_flp):
+    """A converted draft model proposes what the source proposes, so that as many tokens are accepted.
+
+    The text alone would say nothing of the draft model, as the target corrects it.
+    """
+    model = {"source": smollm, "converted": smollm_flp["f32"]}[target]
+    requests = [prompt(text, 32, n_probs=0) for text in PROMPTS[:2]]
+    options = ["-np", 1, "-c", 1024, "-td", 1, "--spec-type", "draft-simple", "--spec-draft-n-max", 6]
+    plain, ours = both(lambda draft: serve(model, requests, *options, "-md", draft), smollm, smollm_flp["f32"])
+    assert plain == ours
+    for answer in ours:
+        assert answer["timings"]["draft_n_accepted"] > 10
+    assert serve(model, requests, "-np", 1, "-c", 1024)[1]["content"] == ours[1]["content"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_embeddings(pooling, smollm, smollm_flp):
+    """/v1/embeddings gives the same vectors."""
+    texts = [TEXT[:300], "Once", TEXT[300:340], "The capital of France is"]
+    request = ("/v1/embeddings", {"input": texts})
+    options = ["--embeddings", "--pooling", pooling, "-np", 4, "-c", 2048]
+    (source,), (converted,) = both(lambda model: serve(model, [request], *options), smollm, smollm_flp["f32"])
+    assert source["data"] == converted["data"]
+    vectors = np.array([entry["embedding"] for entry in source["data"]])
+    assert vectors.shape == (4, 576)
+    assert len(np.unique(vectors, axis=0)) == (3 if pooling == "cls" and np.array_equal(*vectors[[0, 3]]) else 4)
+
+
+@pytest.fixture(scope="session")
+def reranker(smollm, tmp_path_factory) -> Path:
+    """A small random Qwen3 with a classifier and SmolLM2's vocabulary."""
+    path = tmp_path_factory.mktemp("reranker") / "reranker.gguf"
+    generator, width = np.random.default_rng(1), 64
+    writer = GGUFWriter(path, "qwen3")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_pooling_type(PoolingType.RANK)
+    writer.add_classifier_output_labels(["yes", "no"])
+    writer.add_string("tokenizer.chat_template.rerank", "{query} {document}")
+    for name, field in GGUFReader(smollm).fields.items():
+        if name.startswith("tokenizer."):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    shapes = {"token_embd": (49152, width), "cls.output": (2, width)}
+    layer = {"attn_q": (64, width), "attn_k": (32, width), "attn_v": (32, width), "attn_output": (width, 64)}
+    layer |= {"ffn_gate": (128, width), "ffn_up": (128, width), "ffn_down": (width, 128)}
+    norms = {"attn_norm": width, "ffn_norm": width, "attn_q_norm": 32, "attn_k_norm": 32}
+    for i in range(2):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in (layer | {n: (size,) for n, size in norms.items()}).items()}
+    shapes["output_norm"] = (width,)
+    for name, shape in shapes.items():
+        values = generator.normal(0, 0.2, shape) if len(shape) > 1 else np.ones(shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_reranking(reranker, tmp_path):
+    """A model with a classifier gives the same scores, in the library and over HTTP."""
+    converted = convert(reranker, tmp_path / "flp.gguf", type="f32")
+    assert "blk.0.attn_q_norm.weight" in {weight.name for weight in converted.elided}
+
+    context = {"embeddings": True, "pooling_type": PoolingType.RANK, "n_seq_max": 4, "kv_unified": True}
+    stock, ours = (
+        session(model, build, EMBED[:1], context=context) for model, build in [(reranker, STOCK), (converted.output, PATCHED)]
+    )
+    assert same(stock, ours)
+    assert stock[0].shape == (3, 2)
+    assert np.ptp(stock[0][:, 0]) > 1e-3
+
+    body = {"query": "Which birds came?", "documents": [TEXT[:300], "starlings", TEXT[300:340]]}
+    options = ["--rerank", "-np", 4, "-c", 2048]
+    source, answer = both(lambda model: serve(model, [("/v1/rerank", body)], *options), reranker, converted.output)
+    assert source == answer
+    assert len({result["relevance_score"] for result in source[0]["results"]}) == 3
