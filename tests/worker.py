@@ -113,7 +113,7 @@ def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.ll
 
 def logits(job):
     """Logits [n tokens, vocabulary] for each batch size."""
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     tokens = model.tokens(job["tokens"])
     results = {}
     # the default, F16, is coarser than other implementations
@@ -186,7 +186,7 @@ def outputs(job):
 
 def greedy(job):
     """Greedy continuations, as token ids, of several prompts."""
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     results = []
     for prompt in job["prompts"]:
         context = model.context()
@@ -284,6 +284,16 @@ def uses(job):
     assert library.llama_model_firstlayer_get_site(handle, len(results), ctypes.byref(site)) < 0
     model.close()
     return results
+
+
+def devices(_job):
+    """Names of the devices that the build has."""
+    library = llama_cpp.llama_cpp._lib
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype, library.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.ggml_backend_dev_name.restype, library.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    count = library.ggml_backend_dev_count()
+    return [library.ggml_backend_dev_name(library.ggml_backend_dev_get(i)).decode() for i in range(count)]
 
 
 def load(job):

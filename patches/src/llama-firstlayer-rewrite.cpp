@@ -193,13 +193,15 @@ void llama_firstlayer_walk::replace(ggml_context *                              
 
     // lookups come first: between nodes on a device, each would cost it a stop
     for (ggml_tensor * t : nodes) {
-        if (get(t).kind != KIND_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        if (!is_live.count(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
-        for (ggml_tensor * src : t->src) {
-            if (src && get(src).kind == KIND_PURE) {
-                ggml_build_forward_expand(gf, src);
-            }
+        const auto it = slots.find(t);
+        if (it != slots.end()) {
+            ggml_tensor * rows = it->second.rows;
+            ggml_build_forward_expand(gf, rows->op == GGML_OP_GET_ROWS ? rows : rows->src[0]);
+        } else if (get(t).kind == KIND_PURE && t->op == GGML_OP_GET_ROWS) {
+            ggml_build_forward_expand(gf, t);
         }
     }
 

@@ -1,0 +1,143 @@
+"""Other devices than the processor: over RPC, on Vulkan where it was built, and what the tables of llama.cpp's backends say."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PATCHED, ROOT, both, run
+
+from gguf_firstlayer import convert
+from gguf_firstlayer.convert import TYPES
+
+#
+# offload
+#
+
+
+@contextmanager
+def rpc_server() -> Iterator[str]:
+    """Address of an RPC server on the loopback device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PATCHED / "ggml-rpc-server", "-p", str(port), "-t", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(300):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def offloaded(model: Path, servers: str) -> tuple[str, list[str]]:
+    """Greedy text with all layers on RPC servers, and the scheduler's log of the last graph."""
+    command = [PATCHED / "llama-completion", "-m", model, "--rpc", servers, "-ngl", "99", "-t", "1", "-c", "512"]
+    command += ["-no-cnv", "--temp", "0", "-n", "24", "-p", "Once upon a time", "-lv", "5"]
+    environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, env=environment)
+    log = re.sub(r"\d+\.\d+\.\d+\.\d+ [A-Z] ", "", done.stderr)
+    return done.stdout, log[log.rindex("## SPLIT #0") :].splitlines()
+
+
+@pytest.mark.parametrize("n_servers", [1, 2])
+def test_rpc(n_servers, smollm, smollm_flp):
+    """The same text with all layers offloaded. The table stays on the host, its rows are copied to layer 0's device once, and
+    the devices are not stopped more often than without tables.
+    """
+    with ExitStack() as stack:
+        servers = ",".join(stack.enter_context(rpc_server()) for _ in range(n_servers))
+        (source, source_log), (converted, log) = both(lambda model: offloaded(model, servers), smollm, smollm_flp["f32"])
+    assert len(source.split()) > 10
+    assert source == converted
+
+    splits = [line for line in log if line.startswith("## SPLIT")]
+    assert len(splits) == len([line for line in source_log if line.startswith("## SPLIT")]) == 1 + n_servers
+    lookup = next(line for line in log if "GET_ROWS" in line and "firstlayer.0.table" in line)
+    assert re.search(r"firstlayer\.0 +\([^)]*\) \[ +CPU", lookup)
+    assert re.search(r"firstlayer\.0\.table +\([^)]*\) \[ +CPU", lookup)
+    inputs = re.findall(r"\[(\S+) +\(", splits[1])
+    assert [name for name in inputs if name.startswith(("firstlayer", "Qcur", "Kcur", "Vcur"))] == ["firstlayer.0"]
+    product = next(line for line in log if "MUL_MAT" in line and "blk.0.attn_output" in line)
+    assert "RPC0" in product
+
+
+VULKAN = ROOT / "build" / "vulkan" / "bin"
+
+
+@pytest.mark.skipif(not VULKAN.exists(), reason="scripts/test-vulkan builds it")
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "command-r-dense", "gemma3-dense", "mamba-dense"])
+def test_vulkan(name, archs, tmp_path, monkeypatch):
+    """With layer 0 on the processor, where rows were computed, logits are those of the source on the same devices bit for bit.
+    With all layers on the device, where the source rounds otherwise than the rows did, greedy text is the same.
+    """
+    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # otherwise llama.cpp leaves out devices in software
+    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # which is faster with kernels that run only once
+    source = archs / f"{name}.gguf"
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    prompts = [{"count": 24, "seed": seed} for seed in (1, 2)]
+    results = []
+    for model in (source, converted):
+        jobs = [
+            {"run": "logits", "tokens": prompts[0], "batches": [7], "load": {"n_gpu_layers": 2}},
+            {"run": "greedy", "prompts": prompts, "n_predict": 24, "load": {"n_gpu_layers": 99}},
+            {"run": "devices"},
+        ]
+        results.append(run(VULKAN, *(job | {"model": model} for job in jobs)))
+    assert "Vulkan0" in results[0][2]
+    assert np.array_equal(results[0][0][7], results[1][0][7])
+    assert results[0][1] == results[1][1]
+
+
+#
+# backends that are not here
+#
+
+
+# tests/test_architectures.py shows that a rewritten graph has no operation that the stock graph does not have as well, for the
+# same types, but lookups on the host and copies of F32
+def supported(backend: str, operation: str, pattern: str) -> list[bool]:
+    """What llama.cpp's table of a backend says of an operation with parameters that match; the tables come from supports_op."""
+    with (ROOT / "build" / "llama.cpp" / "docs" / "ops" / f"{backend}.csv").open() as file:
+        return [
+            row["supported"] == "1"
+            for row in csv.DictReader(file)
+            if row["op_name"] == operation and re.search(pattern, row["op_params"])
+        ]
+
+
+def test_types_of_tables():
+    """Tables are looked up on the processor, where every type of weights has a lookup."""
+    assert all(supported("CPU", "GET_ROWS", ""))
+    for kind in TYPES:
+        assert supported("CPU", "GET_ROWS", f"(?i)type={kind},") or kind in ("q1_0", "nvfp4", "tq1_0", "tq2_0")
+
+
+@pytest.mark.parametrize("backend", ["CUDA", "Metal", "Vulkan", "SYCL", "OpenCL", "WebGPU", "CANN"])
+def test_backend_support(backend):
+    """The rewrite adds copies of F32, and gives operations rows with gaps between them: every backend has both."""
+    cases = [
+        ("CONT", "type=f32"),
+        ("ROPE", "type=f32.*,v=1"),
+        ("NORM", "type=f32.*,v=1"),
+        ("RMS_NORM", "type=f32.*,v=1"),
+        ("SET_ROWS", "^(type=f32|type_src=f32,type_dst=f(32|16)),.*,v=1"),
+        ("CPY", "type_src=f32,type_dst=f32,.*permute_src=(?!.0,0,0,0.)"),
+    ]
+    for operation, pattern in cases:
+        answers = supported(backend, operation, pattern)
+        assert answers, (operation, pattern)
+        assert all(answers), (operation, pattern)
