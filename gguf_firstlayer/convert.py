@@ -177,6 +177,7 @@ def convert(
             if split_max_size:
                 _split(temporary, split_max_size)
             output = min(temporary.parent.iterdir())
+            library().check(output)
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
     output = Path(output.parent.parent, output.name)

@@ -114,6 +114,7 @@ class Library:
             "llama_firstlayer_get_site_weight": (text, [handle, i32, i32]),
             "llama_firstlayer_get_elidable": (text, [handle, i32]),
             "llama_firstlayer_get_blocker": (text, [handle]),
+            "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, ctypes.c_void_p, i32, ctypes.c_void_p]),
         }
         for name, (result, arguments) in signatures.items():
@@ -126,6 +127,22 @@ class Library:
         self.ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
         self.ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.ggml.ggml_quantize_chunk.argtypes = [i32, handle, handle, i64, i64, i64, handle]
+
+    def error(self) -> str:
+        """What the last function of ours that failed said, and the first that llama.cpp logged before."""
+        return " / ".join([self.llama.llama_firstlayer_error().decode(), *self.errors[:1]])
+
+    def check(self, path: Path) -> None:
+        """Let llama.cpp load a converted file without its weights (`llama_firstlayer_check`).
+
+        Raises:
+            FirstLayerError: it cannot be loaded.
+        """
+        self.errors.clear()
+        with _undisturbed():
+            status = self.llama.llama_firstlayer_check(os.fsencode(path))
+        if status != 0:
+            raise FirstLayerError(f"{path.name} would not load, so it was not written; please report this: {self.error()}")
 
     def validate(self, path: Path) -> None:
         """Let ggml parse a GGUF header (`gguf_init_from_file`), which is hardened against malformed files.
@@ -190,17 +207,13 @@ class Analysis:
         with _undisturbed():
             self._handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
         if not self._handle:
-            raise FirstLayerError(f"{path}: {self._error()}")
+            raise FirstLayerError(f"{path}: {self._library.error()}")
 
         llama = self._library.llama
         self.n_vocab: int = llama.llama_firstlayer_n_vocab(self._handle)
         self.sites = tuple(self._site(i) for i in range(llama.llama_firstlayer_n_sites(self._handle)))
         self.elidable = self._names(lambda i: llama.llama_firstlayer_get_elidable(self._handle, i))
         self.blocker: str = llama.llama_firstlayer_get_blocker(self._handle).decode()
-
-    def _error(self) -> str:
-        message = self._library.llama.llama_firstlayer_error().decode()
-        return " / ".join([message, *self._library.errors[:1]])
 
     def _names(self, get: Callable[[int], bytes | None]) -> tuple[str, ...]:
         names: list[str] = []
@@ -231,7 +244,7 @@ class Analysis:
         with _undisturbed():
             status = self._library.llama.llama_firstlayer_eval(self._handle, ids.ctypes.data, len(ids), out.ctypes.data)
         if status != 0:
-            raise FirstLayerError(f"the first layer cannot be computed: {self._error()}")
+            raise FirstLayerError(f"the first layer cannot be computed: {self._library.error()}")
         return out
 
     def close(self) -> None:

@@ -22,6 +22,9 @@ STOCK = ROOT / "build" / "stock" / "bin"
 PATCHED = paths()["libllama"].parent
 WORKER = ROOT / "tests" / "worker.py"
 
+# tools compute on the processor unless a test says otherwise: devices round otherwise, which exactness is not about
+os.environ |= {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_N_GPU_LAYERS": "0", "LLAMA_ARG_N_GPU_LAYERS_DRAFT": "0"}
+
 # printed after the results: figures that a test measured
 REPORT: list[str] = []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, cli
+from conftest import ROOT, cli, rewrite
 from gguf import GGUFReader
 
 from gguf_firstlayer import convert, inspect, paths
@@ -104,6 +104,28 @@ def test_blocks_do_not_mix_sites(archs):
         tables, placed = layout(analysis.sites, gguf.GGMLQuantizationType.Q8_0, analysis.n_vocab)
     assert [(table.type.name, table.width) for table in tables] == [("Q8_0", 2304), ("F16", 4)]
     assert [(site.width, number, column) for site, number, column in placed][-2:] == [(512, 0, 1792), (2, 1, 0)]
+
+
+def test_small_products_make_no_large_tables(archs, tmp_path):
+    """A product with a head's key projection, which has 128 inputs, is worth its table for 128 tokens, but not for 200,000."""
+    n_vocab = 200_000
+    lists = {"tokens": [str(i) for i in range(n_vocab)], "scores": [0.0] * n_vocab, "token_type": [1] * n_vocab}
+    keys = {f"tokenizer.ggml.{name}": values for name, values in lists.items()} | {"deepseek2.vocab_size": n_vocab}
+
+    def grown(name: str, data: np.ndarray) -> np.ndarray:
+        if name == "blk.0.attn_k_b.weight":
+            return data.astype(np.float16)
+        return np.zeros((n_vocab, data.shape[1]), np.float16) if name in ("token_embd.weight", "output.weight") else data
+
+    source = archs / "deepseek2-moe.gguf"
+    large = rewrite(source, tmp_path / "large.gguf", lambda name, value: keys.get(name, value), grown)
+    names = []
+    for path in (source, large):
+        with Analysis(path) as analysis:
+            names.append([site.name for site in analysis.sites])
+    assert "q_nope_absorbed-0" in names[0]
+    assert "q_nope_absorbed-0" not in names[1]
+    assert "q-0" in names[1]
 
 
 def test_sites_are_aligned(archs):

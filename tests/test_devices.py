@@ -48,6 +48,7 @@ def offloaded(model: Path, servers: str) -> tuple[str, list[str]]:
     command = [PATCHED / "llama-completion", "-m", model, "--rpc", servers, "-ngl", "99", "-t", "1", "-c", "512"]
     command += ["-no-cnv", "--temp", "0", "-n", "24", "-p", "Once upon a time", "-lv", "5"]
     environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
+    del environment["LLAMA_ARG_DEVICE"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, env=environment)
     log = re.sub(r"\d+\.\d+\.\d+\.\d+ [A-Z] ", "", done.stderr)
     return done.stdout, log[log.rindex("## SPLIT #0") :].splitlines()
@@ -75,31 +76,34 @@ def test_rpc(n_servers, smollm, smollm_flp):
     assert "RPC0" in product
 
 
-VULKAN = ROOT / "build" / "vulkan" / "bin"
+@pytest.fixture(params=["patched", "vulkan"])
+def device_build(request, monkeypatch) -> Path:
+    """A build that has a device: Metal on macOS, or what scripts/test-vulkan builds."""
+    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # otherwise llama.cpp leaves out devices in software
+    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # which is faster with kernels that run only once
+    build = PATCHED if request.param == "patched" else ROOT / "build" / "vulkan" / "bin"
+    if not build.exists() or run(build, {"run": "devices"})[0] == ["CPU"]:
+        pytest.skip("no device")
+    return build
 
 
-@pytest.mark.skipif(not VULKAN.exists(), reason="scripts/test-vulkan builds it")
 @pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "command-r-dense", "gemma3-dense", "mamba-dense"])
-def test_vulkan(name, archs, tmp_path, monkeypatch):
+def test_device(name, device_build, archs, tmp_path):
     """With layer 0 on the processor, where rows were computed, logits are those of the source on the same devices bit for bit.
     With all layers on the device, where the source rounds otherwise than the rows did, greedy text is the same.
     """
-    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # otherwise llama.cpp leaves out devices in software
-    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # which is faster with kernels that run only once
     source = archs / f"{name}.gguf"
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     prompts = [{"count": 24, "seed": seed} for seed in (1, 2)]
-    results = []
-    for model in (source, converted):
-        jobs = [
-            {"run": "logits", "tokens": prompts[0], "batches": [7], "load": {"n_gpu_layers": 2}},
-            {"run": "greedy", "prompts": prompts, "n_predict": 24, "load": {"n_gpu_layers": 99}},
-            {"run": "devices"},
-        ]
-        results.append(run(VULKAN, *(job | {"model": model} for job in jobs)))
-    assert "Vulkan0" in results[0][2]
-    assert np.array_equal(results[0][0][7], results[1][0][7])
-    assert results[0][1] == results[1][1]
+    jobs = [
+        {"run": "logits", "tokens": prompts[0], "batches": [7], "load": {"n_gpu_layers": 2}},
+        {"run": "greedy", "prompts": prompts, "n_predict": 24, "load": {"n_gpu_layers": 99}},
+    ]
+    (stock, stock_text), (ours, our_text) = (
+        run(device_build, *(job | {"model": model} for job in jobs)) for model in (source, converted)
+    )
+    assert np.array_equal(stock[7], ours[7])
+    assert stock_text == our_text
 
 
 #

@@ -53,6 +53,9 @@ def on_log(level, text, _user_data):
 class Model:
     def __init__(self, path, **options):
         params = llama_cpp.llama_model_default_params()
+        if "n_gpu_layers" not in options:
+            self.no_device = (ctypes.c_void_p * 1)(None)  # it would also be lent large products of layers on the processor
+            params.devices = ctypes.cast(self.no_device, ctypes.c_void_p)
         for key, value in options.items():
             setattr(params, key, value)
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)

@@ -25,6 +25,24 @@ const char * llama_firstlayer_error(void) {
     return last_error.c_str();
 }
 
+// a model without its weights, on the CPU, whose buffer types decide on the kernels that rows are computed with
+static llama_model_ptr load_metadata(const char * path_model) {
+    static ggml_backend_dev_t devices[] = { nullptr };
+
+    llama_model_params params = llama_model_default_params();
+    params.devices            = devices;
+    params.n_gpu_layers       = 0;
+    params.load_mode          = LLAMA_LOAD_MODE_NONE;
+    params.no_alloc           = true;
+    params.load_mtp           = true;
+
+    llama_model_ptr res(llama_model_load_from_file(path_model, params));
+    if (!res) {
+        throw std::runtime_error("llama.cpp cannot load the model");
+    }
+    return res;
+}
+
 struct llama_firstlayer_analysis {
     struct site {
         std::string              name;
@@ -89,20 +107,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, in
     path(path_model),
     n_batch(n_batch),
     n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())) {
-    // rows are computed on the CPU, whose buffer types decide on the kernels; nothing is loaded
-    static ggml_backend_dev_t devices[] = { nullptr };
-
-    llama_model_params mparams = llama_model_default_params();
-    mparams.devices            = devices;
-    mparams.n_gpu_layers       = 0;
-    mparams.load_mode          = LLAMA_LOAD_MODE_NONE;
-    mparams.no_alloc           = true;
-    mparams.load_mtp           = true;
-
-    model.reset(llama_model_load_from_file(path_model, mparams));
-    if (!model) {
-        throw std::runtime_error("llama.cpp cannot load the model");
-    }
+    model = load_metadata(path_model);
     if (model->firstlayer) {
         throw std::runtime_error("the model is already converted");
     }
@@ -405,6 +410,15 @@ llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32
     return guarded(
         [&] { return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads); },
         (llama_firstlayer_analysis *) nullptr);
+}
+
+int32_t llama_firstlayer_check(const char * path_model) {
+    return guarded(
+        [&] {
+            load_metadata(path_model);
+            return 0;
+        },
+        -1);
 }
 
 void llama_firstlayer_close(llama_firstlayer_analysis * an) {

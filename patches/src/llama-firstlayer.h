@@ -64,6 +64,9 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
                                         int32_t                            n_tokens,
                                         float *                            rows);
 
+// Whether a converted file can be loaded: as loading does, build its graphs, but without reading weights.
+LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
+
 //
 // what a loaded model uses
 //
@@ -82,6 +85,10 @@ LLAMA_API int32_t llama_model_firstlayer_get_site(const struct llama_model *    
 //
 // llama_firstlayer
 //
+
+#ifdef __cplusplus
+struct llama_firstlayer;
+#endif
 
 #if defined(__cplusplus) && defined(LLAMA_BUILD)
 
