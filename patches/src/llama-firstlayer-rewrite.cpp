@@ -101,7 +101,8 @@ static void make_view(ggml_tensor * t, const llama_firstlayer_walk::slot & slot,
 void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
                                          ggml_tensor *      site,
                                          const slot &       slot,
-                                         const tensor_set & is_live) const {
+                                         const tensor_set & is_live,
+                                         const tensor_set & cut) const {
     struct layout {
         ggml_tensor * t;
         size_t        nb[GGML_MAX_DIMS];
@@ -127,7 +128,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     std::copy_n(unchanged ? site->nb : nb, GGML_MAX_DIMS, layouts.back().nb);
 
     for (ggml_tensor * t : nodes) {
-        if (t == site || !is_live.count(t)) {
+        if (cut.count(t) || !is_live.count(t)) {
             continue;
         }
         if (is_layout_op(t) && below.count(t->src[0])) {
@@ -178,7 +179,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
     for (ggml_tensor * t : nodes) {
         const auto it = slots.find(t);
         if (it != slots.end() && is_live.count(t)) {
-            replace_site(ctx, t, it->second, is_live);
+            replace_site(ctx, t, it->second, is_live, cut);
         }
     }
 

@@ -38,11 +38,17 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         }
     }
 
-    // without them, whatever indexes the token embedding is token ids: architectures may substitute some
-    for (int i = 0; i < ggml_graph_n_nodes(gf) && inp_tokens.empty(); ++i) {
-        const ggml_tensor * t = ggml_graph_node(gf, i);
-        if (t->op == GGML_OP_GET_ROWS && t->src[0] == tok_embd && (t->src[1]->flags & GGML_TENSOR_FLAG_INPUT)) {
-            inp_tokens.push_back(t->src[1]);
+    // without them, the one input that indexes the token embedding is token ids: architectures may substitute some
+    if (inp_tokens.empty()) {
+        std::set<ggml_tensor *> ids;
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            const ggml_tensor * t = ggml_graph_node(gf, i);
+            if (t->op == GGML_OP_GET_ROWS && t->src[0] == tok_embd && (t->src[1]->flags & GGML_TENSOR_FLAG_INPUT)) {
+                ids.insert(t->src[1]);
+            }
+        }
+        if (ids.size() == 1) {
+            inp_tokens.push_back(*ids.begin());
         }
     }
 
@@ -372,7 +378,6 @@ bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) c
     return true;
 }
 
-// A view that selects a range of each axis: result axis to axis of the base (-1 for none), and the first index selected
 bool llama_firstlayer_walk::map_view(const ggml_tensor * t,
                                      const ggml_tensor * base,
                                      int                 axis[GGML_MAX_DIMS],

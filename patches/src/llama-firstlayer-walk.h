@@ -89,6 +89,7 @@ struct llama_firstlayer_walk {
     bool classify_pure(const ggml_tensor * t, info & res) const;
     bool classify_layout(const ggml_tensor * t, info & res) const;
 
+    // a view that selects a range of each axis: result axis to axis of the base (-1 for none), and the first index selected
     static bool map_view(const ggml_tensor * t,
                          const ggml_tensor * base,
                          int                 axis[GGML_MAX_DIMS],
@@ -104,7 +105,11 @@ struct llama_firstlayer_walk {
                           size_t              stride,
                           size_t              nb[GGML_MAX_DIMS],
                           size_t &            offset) const;
-    void replace_site(ggml_context * ctx, ggml_tensor * site, const slot & slot, const tensor_set & is_live) const;
+    void replace_site(ggml_context *     ctx,
+                      ggml_tensor *      site,
+                      const slot &       slot,
+                      const tensor_set & is_live,
+                      const tensor_set & cut) const;
 
     bool    can_be_site(const ggml_tensor * t) const;
     int64_t bytes_read(const ggml_tensor * t) const;
