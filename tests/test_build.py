@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -26,7 +25,6 @@ def test_hooks_stay_small():
 
 
 def test_stock_is_unpatched():
-    assert not hasattr(ctypes.CDLL(str(STOCK / "libggml-base.so")), "llama_firstlayer_open")
     symbols = b"llama_firstlayer_open"
     assert symbols not in (STOCK / "libllama.so").read_bytes()
     assert symbols in (PATCHED / "libllama.so").read_bytes()
