@@ -176,12 +176,11 @@ def convert(
                 writer.close()
             if split_max_size:
                 _split(temporary, split_max_size)
-            output = min(temporary.parent.iterdir())
-            library().check(output)
+            first = min(temporary.parent.iterdir())
+            library().check(first)
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
-    output = Path(output.parent.parent, output.name)
-    return Conversion(model.path, output, sites, tables, elided, model.bytes, output_bytes)
+    return Conversion(model.path, output.with_name(first.name), sites, tables, elided, model.bytes, output_bytes)
 
 
 def _split(path: Path, max_size: str) -> None:

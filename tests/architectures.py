@@ -66,7 +66,9 @@ def differences(source: Path, converted: Path, batches: list[int]) -> dict[int, 
     job = {"run": "outputs", "tokens": {"count": 100, "seed": 1}, "batches": [*batches, "parallel"]}
     # llama.cpp cannot build plm's graph with flash attention
     graphs = [
-        {"run": "graph", "tokens": {"count": 5, "seed": 2}, "flash_attn": flash} for flash in (0, 1) if source.stem != PLM
+        {"run": "graph", "tokens": {"count": 5, "seed": 2}, "size": 4, "flash_attn": flash}
+        for flash in (0, 1)
+        if source.stem != PLM
     ]
     (stock, ours), *nodes = compare(source, converted, job, *graphs)
     assert np.isfinite(stock[batches[0]]).all(), "the model's output is not finite"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,13 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
         done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return pickle.load(out)
+
+
+def free_port() -> int:
+    """A port on the loopback device that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def both(function: Callable[[Any], Any], *arguments: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, cli, rewrite
 from gguf import GGUFReader
 
-from gguf_firstlayer import convert, inspect, paths
+from gguf_firstlayer import FirstLayerError, convert, inspect, paths
 from gguf_firstlayer.runtime import Analysis, library
 from gguf_firstlayer.tables import layout
 
@@ -126,6 +127,15 @@ def test_small_products_make_no_large_tables(archs, tmp_path):
     assert "q_nope_absorbed-0" in names[0]
     assert "q_nope_absorbed-0" not in names[1]
     assert "q-0" in names[1]
+
+
+def test_a_file_that_would_not_load_is_not_written(llama, tmp_path, monkeypatch):
+    """Should recipes ever differ between conversion and loading, the converter finds out, not the user."""
+    recipe = Analysis._site
+    monkeypatch.setattr(Analysis, "_site", lambda self, i: replace(recipe(self, i), recipe=f"not {recipe(self, i).recipe}"))
+    with pytest.raises(FirstLayerError, match=r"x\.gguf would not load, so it was not written.*no node of the graph matches"):
+        convert(llama, tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sites_are_aligned(archs):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, both, run
+from conftest import PATCHED, ROOT, both, free_port, run
 
 from gguf_firstlayer import convert
 from gguf_firstlayer.convert import TYPES
@@ -27,9 +27,7 @@ from gguf_firstlayer.convert import TYPES
 @contextmanager
 def rpc_server() -> Iterator[str]:
     """Address of an RPC server on the loopback device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [PATCHED / "ggml-rpc-server", "-p", str(port), "-t", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

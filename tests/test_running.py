@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import time
 import urllib.error
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, STOCK, both, compare, run
+from conftest import PATCHED, ROOT, STOCK, both, compare, free_port, run
 from gguf import GGUFReader, GGUFWriter, PoolingType
 
 from gguf_firstlayer import convert
@@ -105,6 +104,22 @@ def test_loading(load, smollm, smollm_flp):
     """
     steps = [["decode", [[0], TEXT[:200]]]]
     assert same(session(smollm, STOCK, steps), session(smollm_flp["f32"], PATCHED, steps, load=load))
+
+
+def test_lazy_reading_of_an_elided_table(archs, tmp_path):
+    """Per-layer embeddings are read lazily, but not where they went into a table: then the table is, and nothing else."""
+    converted = convert(archs / "gemma4-dense.gguf", tmp_path / "flp.gguf", type="f32")
+    assert "per_layer_token_embd.weight" in {weight.name for weight in converted.elided}
+    steps = [["decode", [[0], random(20, 1)]]]
+    ours = session(converted.output, PATCHED, steps, load={"lazy_mode": 2})
+    assert same(session(converted.source, STOCK, steps), ours)
+
+    def lazy(model: Path) -> list[str]:
+        options = ["-m", model, "-t", 1, "-c", 64, "-n", 1, "-p", "x", "-no-cnv", "--lazy-mode", "on", "-lv", 4]
+        return re.findall(r"tensor (\S+) .*lazy read enabled", tool("llama-completion", *options, log=True))
+
+    assert set(lazy(converted.source)) == {"per_layer_token_embd.weight"}
+    assert set(lazy(converted.output)) == {"firstlayer.0.table"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
@@ -359,9 +374,7 @@ Post = Callable[..., Any]
 @contextmanager
 def server(model: Path, *options: object) -> Iterator[Post]:
     """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
 
     def post(path: str, body: Any = None) -> Any:
