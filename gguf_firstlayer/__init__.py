@@ -4,7 +4,8 @@ from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
+from gguf_firstlayer.plan import Plan, Shape, plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Conversion", "FirstLayerError", "Inspection", "convert", "inspect", "paths"]
+__all__ = ["Conversion", "FirstLayerError", "Inspection", "Plan", "Shape", "convert", "inspect", "paths", "plan"]

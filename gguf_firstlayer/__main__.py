@@ -11,6 +11,7 @@ from gguf_firstlayer.errors import FirstLayerError
 
 # verb, which is a module of this package, and an example
 VERBS = {
+    "plan": "gguf-firstlayer plan model.gguf",
     "convert": "gguf-firstlayer convert model.gguf",
     "inspect": "gguf-firstlayer inspect model-flp.gguf",
     "paths": "gguf-firstlayer paths --json",

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import glob
 import hashlib
-import json
+import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 from tqdm import tqdm
 
+from gguf_firstlayer import auto, plan
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.runtime import Analysis, Site, analyse, library
 from gguf_firstlayer.source import Source
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from gguf_firstlayer.text import size_text, to_json
 
 # of rows in F32, computed before they are written
 CHUNK_BYTES = 32 << 20
-
-TYPES = {
-    kind.name.lower(): kind
-    for kind in GGMLQuantizationType
-    if kind.name not in ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,10 @@ class Conversion:
         sites: with their places in the tables
         tables: that were added
         elided: weights that the output does not hold
+        fallbacks: names of sites whose table has another type than wanted, because its blocks do not divide their width
+        left_out: sites that max_growth left out
+        measurement: of the tables, if types were chosen by it
+        unmeasured: why they were not, although they should have been; "" otherwise
         source_bytes, output_bytes: sizes of the files
     """
 
@@ -58,6 +55,10 @@ class Conversion:
     sites: list[tab.Placed]
     tables: list[tab.Table]
     elided: list[tab.Elided]
+    fallbacks: list[str]
+    left_out: list[plan.SitePlan]
+    measurement: tab.Measurement | None
+    unmeasured: str
     source_bytes: int
     output_bytes: int
 
@@ -83,6 +84,11 @@ class _Writer(GGUFWriter):
         super().write_kv_data_to_file()
 
 
+def refuse_growth(growth: str) -> None:
+    """Do not write a file that grows that much without being asked for."""
+    raise FirstLayerError(f"{growth}; convert it with --yes, or fewer tables with --max-growth")
+
+
 def fingerprints(source: Source, sites: Sequence[Site]) -> dict[str, str]:
     """SHA-256 of the weights that each site was computed from, by recipe.
 
@@ -102,10 +108,13 @@ def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    type: str = "q8_0",
+    type: str = "auto",
+    max_kld: float = 1e-4,
+    max_growth: str | float | None = None,
     keep_weights: bool = False,
     split_max_size: str | None = None,
     force: bool = False,
+    confirm: Callable[[str], None] = refuse_growth,
 ) -> Conversion:
     """Write a copy of a GGUF model in which tables replace what its first layer computes from the token alone.
 
@@ -114,29 +123,55 @@ def convert(
     Args:
         source: the model, which is not modified; of a split model, the first part
         output: default: `x-flp.gguf` beside `x.gguf`
-        type: ggml type of the tables, as llama.cpp spells it; where a site's width is no multiple of its block size, f16
+        type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest that
+            do. "auto" measures, and takes the smallest types whose effect cannot be told from none
+        max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
+        max_growth: of the file, as "5%" or in bytes: tables that save most per byte are taken, as far as they fit
         keep_weights: also keep the weights that the tables make superfluous, for LoRA on layer 0 and for batches of
             embeddings (images, audio)
         split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"
             (`llama-gguf-split --split-max-size`)
         force: replace an existing output
+        confirm: called, if the file grows by more than a quarter and no max_growth is given, with a sentence that says so; by
+            default it raises
 
     Raises:
         FirstLayerError: the model cannot be converted, or the output cannot be written; nothing is left behind.
     """
-    kind = _table_type(type)
+    wanted = None if type == "auto" else plan.table_type(type)
     model = Source(Path(source))
     output = Path(output) if output is not None else model.path.with_name(f"{model.stem}-flp.gguf")
     _check(model, output, split_max_size, force)
+    budget = None if max_growth is None else _budget(max_growth, model.bytes)
 
     with analyse(model.path) as analysis:
         if not analysis.sites:
             raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
 
-        tables, placed = tab.layout(analysis.sites, kind, analysis.n_vocab)
-        prints = fingerprints(model, analysis.sites)
+        measurement, unmeasured = None, ""
+        if wanted is None:
+            kinds, measurement, unmeasured = auto.choose(model, analysis, max_kld)
+        else:
+            kinds = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
+
+        outline = plan.of_model(model, analysis)
+        chosen, left_out = plan.select(outline, kinds, math.inf if budget is None else budget, keep_weights)
+        if not chosen:
+            raise FirstLayerError(
+                f"no table of {model.path} fits into --max-growth {max_growth}: {'; '.join(map(plan.describe_price, left_out))}"
+            )
+        growth = plan.make(outline, {site: kinds[site] for site in chosen}, keep_weights=keep_weights).file_change
+        if budget is None and growth > plan.GROWTH_ASKED * model.bytes:
+            confirm(
+                f"{model.path} would grow from {size_text(model.bytes)} by {size_text(growth)} ({growth / model.bytes:+.0%})"
+            )
+        if left_out and measurement is not None:
+            measurement = auto.measure_again(model, analysis, {site: kinds[site] for site in chosen}, max_kld)
+
+        tables, placed = tab.layout(chosen, kinds, analysis.n_vocab)
+        prints = fingerprints(model, chosen)
         sites = [tab.Placed(s.name, s.recipe, s.width, table, column, prints[s.recipe]) for s, table, column in placed]
-        dropped = set() if keep_weights else set(analysis.elidable)
+        dropped = set() if keep_weights else set(outline.elided(chosen))
         elided = [
             tab.Elided(t.name, t.tensor_type, tuple(int(size) for size in t.shape), t.n_bytes)
             for t in model.tensors.values()
@@ -154,7 +189,7 @@ def convert(
 
         with _replacing(output) as temporary:
             writer = _Writer(model)
-            for key, value, value_type, sub_type in tab.metadata(sites, elided):
+            for key, value, value_type, sub_type in tab.metadata(sites, elided, measurement):
                 writer.add_key_value(key, value, value_type, sub_type)
             for tensor in kept:
                 writer.add_tensor_info(
@@ -180,7 +215,11 @@ def convert(
             library().check(first)
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
-    return Conversion(model.path, output.with_name(first.name), sites, tables, elided, model.bytes, output_bytes)
+    fallbacks = [site.name for site in chosen if wanted not in (None, kinds[site])]
+    return Conversion(
+        model.path, output.with_name(first.name), sites, tables, elided, fallbacks, left_out, measurement, unmeasured,
+        model.bytes, output_bytes,
+    )  # fmt: skip
 
 
 def _split(path: Path, max_size: str) -> None:
@@ -196,13 +235,16 @@ def _split(path: Path, max_size: str) -> None:
     path.unlink()
 
 
-def _table_type(name: str) -> GGMLQuantizationType:
-    kind = TYPES.get(name.lower())
-    if kind is None:
-        raise FirstLayerError(f"unknown table type {name}; choose one of {', '.join(TYPES)}")
-    if library().requires_imatrix(kind):
-        raise FirstLayerError(f"ggml cannot quantize to {name} without an importance matrix; choose another --type")
-    return kind
+def _budget(max_growth: str | float, source_bytes: int) -> float:
+    """Bytes that the file may grow by."""
+    text = str(max_growth).strip()
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise FirstLayerError(f"{text} is no growth; give one like 5%, or a number of bytes")
+    return value / 100 * source_bytes if text.endswith("%") else value
 
 
 def _check(model: Source, output: Path, split_max_size: str | None, force: bool) -> None:
@@ -287,21 +329,20 @@ def _write_tables(
     writer.file.truncate(end)
 
 
-def size_text(n: int) -> str:
-    """Bytes as people read them."""
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
-
-
 def summary(result: Conversion) -> str:
     """What was eliminated and what the file gained, one line each."""
     names = ", ".join(site.name for site in result.sites)
     eliminated = sum(weight.bytes for weight in result.elided)
     change = result.output_bytes - result.source_bytes
     table_bytes = sum(table.bytes for table in result.tables)
+    types = {site.name: result.tables[site.table].type.name.lower() for site in result.sites}
     lines = [
         f"{names} of every token now come from {len(result.tables)} table(s) of {size_text(table_bytes)}.",
         f"eliminated: {len(result.elided)} weights, {size_text(eliminated)}"
         + (f" ({', '.join(weight.name for weight in result.elided)})" if result.elided else " (--keep-weights)"),
+        *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
+        *(f"left out by --max-growth: {plan.describe_price(site)}" for site in result.left_out),
+        *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {size_text(result.source_bytes)} -> {size_text(result.output_bytes)} ({change / result.source_bytes:+.1%})",
         f"wrote {result.output}",
     ]
@@ -313,12 +354,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="the model to convert; it is not modified")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.gguf", help="default: IN-flp.gguf beside IN.gguf")
     parser.add_argument(
-        "--type", default="q8_0", metavar="TYPE", help=f"type of the tables: {', '.join(TYPES)} (default: q8_0)"
+        "--type", default="auto", metavar="TYPE", help=f"type of the tables: auto (default), {', '.join(tab.TYPES)}"
     )
+    parser.add_argument(
+        "--max-kld", type=float, default=1e-4, metavar="NATS", help="that auto may add to the KL divergence (default: 1e-4)"
+    )
+    parser.add_argument(
+        "--max-growth", metavar="N%|BYTES", help="only tables that are worth it, while the file grows by no more"
+    )
+    parser.add_argument("--yes", action="store_true", help="whatever the file grows by")
     parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
     parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of this size at most, as llama-gguf-split does")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _accept(_growth: str) -> None:
+    pass
+
+
+def _ask(growth: str) -> None:
+    """Let the user at the terminal decide."""
+    print(f"{growth}. Convert it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        refuse_growth(growth)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -327,21 +386,12 @@ def main(args: argparse.Namespace) -> int:
         args.source,
         args.output,
         type=args.type,
+        max_kld=args.max_kld,
+        max_growth=args.max_growth,
         keep_weights=args.keep_weights,
         split_max_size=args.split_max_size,
         force=args.force,
+        confirm=_accept if args.yes else _ask if sys.stdin.isatty() else refuse_growth,
     )
     print(to_json(result) if args.json else summary(result))
     return 0
-
-
-def to_json(result: DataclassInstance) -> str:
-    """A result as JSON: types by their names, files as strings."""
-
-    def encode(value: object) -> object:
-        return value.name.lower() if isinstance(value, GGMLQuantizationType) else str(value)
-
-    def factory(items: list[tuple[str, object]]) -> dict[str, object]:
-        return {key: encode(value) if isinstance(value, GGMLQuantizationType | Path) else value for key, value in items}
-
-    return json.dumps(dataclasses.asdict(result, dict_factory=factory), indent=2)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_firstlayer import tables as tab
-from gguf_firstlayer.convert import size_text, to_json
+from gguf_firstlayer.auto import describe
 from gguf_firstlayer.runtime import Site, analyse
 from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import size_text, to_json
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Inspection:
         sites: `tables.Placed` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
         elided: weights that a converted file does not hold
+        measurement: that the types of the tables were chosen by, if they were
         elidable: weights that a conversion of a plain model would leave out
         blocker: why a plain model has no site; "" otherwise
     """
@@ -34,6 +36,7 @@ class Inspection:
     sites: list[tab.Placed] | list[Site]
     tables: list[tab.Table]
     elided: list[tab.Elided]
+    measurement: tab.Measurement | None
     elidable: list[str]
     blocker: str
 
@@ -49,10 +52,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     architecture, file_bytes = source.architecture, source.bytes
     sites, tables, elided = tab.read(source)
     if sites:
-        return Inspection(path, architecture, file_bytes, True, sites, tables, elided, [], "")
+        return Inspection(path, architecture, file_bytes, True, sites, tables, elided, tab.read_measurement(source), [], "")
     with analyse(path) as analysis:
         return Inspection(
-            path, architecture, file_bytes, False, list(analysis.sites), [], [], list(analysis.elidable), analysis.blocker
+            path, architecture, file_bytes, False, list(analysis.sites), [], [], None, list(analysis.elidable), analysis.blocker
         )
 
 
@@ -64,6 +67,11 @@ def text(result: Inspection) -> str:
         lines.append(f"no sites: {result.blocker}")
     for table in result.tables:
         lines.append(f"table {table.name}: {table.type.name.lower()} [{table.width}, {table.rows}], {size_text(table.bytes)}")
+    if result.measurement:
+        types = {
+            site.name: result.tables[site.table].type.name.lower() for site in result.sites if isinstance(site, tab.Placed)
+        }
+        lines += describe(types, result.measurement, "")
     for site in result.sites:
         place = (
             f", columns {site.column} to {site.column + site.width - 1} of table {site.table}"

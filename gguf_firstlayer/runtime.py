@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -24,6 +25,7 @@ from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.paths import paths
 
 _LOG_LEVEL_ERROR = 4
+_VOCAB_TYPE_NONE = 0
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -42,6 +44,35 @@ class Site:
     recipe: str
     width: int
     weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a node of the graph reads of a weight (`struct llama_firstlayer_use`).
+
+    Attributes:
+        weight: its name
+        n_slices: rows or experts that the node selects from; 1 if it reads all of the weight
+        n_used: of these, for one token
+        multiply_adds: in the prefill of a batch of which the last token's logits are wanted, as large as the analysis's
+        replaced: not computed any more if all sites come from tables
+    """
+
+    weight: str
+    n_slices: int
+    n_used: int
+    multiply_adds: int
+    replaced: bool
+
+
+class _CUse(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_char_p),
+        ("n_slices", ctypes.c_int64),
+        ("n_used", ctypes.c_int64),
+        ("multiply_adds", ctypes.c_int64),
+        ("replaced", ctypes.c_bool),
+    ]
 
 
 class _CSite(ctypes.Structure):
@@ -80,6 +111,13 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(received[0])
 
 
+class Extent(NamedTuple):
+    """How far a GGUF file reaches, in bytes: its header, and all of it, as its header tells."""
+
+    header: int
+    file: int
+
+
 class Library:
     """libllama and libggml-base of the build. Use `library()` to get the one instance."""
 
@@ -104,6 +142,7 @@ class Library:
         self.llama.llama_log_set(self._log, None)
 
         handle, text, i32, i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
+        floats, flag = ctypes.POINTER(ctypes.c_float), ctypes.c_bool
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_open": (handle, [text, i32, i32]),
@@ -114,8 +153,18 @@ class Library:
             "llama_firstlayer_get_site_weight": (text, [handle, i32, i32]),
             "llama_firstlayer_get_elidable": (text, [handle, i32]),
             "llama_firstlayer_get_blocker": (text, [handle]),
+            "llama_firstlayer_n_uses": (i32, [handle]),
+            "llama_firstlayer_get_use": (i32, [handle, i32, ctypes.POINTER(_CUse)]),
             "llama_firstlayer_check": (i32, [text]),
-            "llama_firstlayer_eval": (i32, [handle, ctypes.c_void_p, i32, ctypes.c_void_p]),
+            "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
+            "llama_firstlayer_get_model": (handle, [handle]),
+            "llama_firstlayer_trial_open": (handle, [text, handle, i32, i32]),
+            "llama_firstlayer_trial_close": (None, [handle]),
+            "llama_firstlayer_trial_rows": (floats, [handle]),
+            "llama_firstlayer_trial_decode": (floats, [handle, handle, i32, i32]),
+            "llama_model_get_vocab": (handle, [handle]),
+            "llama_vocab_type": (i32, [handle]),
+            "llama_tokenize": (i32, [handle, text, i32, handle, i32, flag, flag]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.llama, name)
@@ -124,7 +173,13 @@ class Library:
         self.ggml.gguf_init_from_file.restype = handle
         self.ggml.gguf_init_from_file.argtypes = [text, _GGUFInitParams]
         self.ggml.gguf_free.argtypes = [handle]
+        self.ggml.gguf_get_n_tensors.argtypes, self.ggml.gguf_get_n_tensors.restype = [handle], i64
+        self.ggml.gguf_get_data_offset.argtypes, self.ggml.gguf_get_data_offset.restype = [handle], ctypes.c_size_t
+        for name in ("gguf_get_tensor_offset", "gguf_get_tensor_size"):
+            getattr(self.ggml, name).argtypes, getattr(self.ggml, name).restype = [handle, i64], ctypes.c_size_t
         self.ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+        self.ggml.ggml_validate_row_data.argtypes = [i32, handle, ctypes.c_size_t]
+        self.ggml.ggml_validate_row_data.restype = ctypes.c_bool
         self.ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.ggml.ggml_quantize_chunk.argtypes = [i32, handle, handle, i64, i64, i64, handle]
 
@@ -144,7 +199,7 @@ class Library:
         if status != 0:
             raise FirstLayerError(f"{path.name} would not load, so it was not written; please report this: {self.error()}")
 
-    def validate(self, path: Path) -> None:
+    def validate(self, path: Path) -> Extent:
         """Let ggml parse a GGUF header (`gguf_init_from_file`), which is hardened against malformed files.
 
         Raises:
@@ -156,23 +211,46 @@ class Library:
         if not context:
             reason = self.errors[0] if self.errors else "unknown reason"
             raise FirstLayerError(f"{path} is malformed or truncated ({reason}); download or create it again")
+        header = self.ggml.gguf_get_data_offset(context)
+        ends = [
+            self.ggml.gguf_get_tensor_offset(context, i) + self.ggml.gguf_get_tensor_size(context, i)
+            for i in range(self.ggml.gguf_get_n_tensors(context))
+        ]
         self.ggml.gguf_free(context)
-
-    def requires_imatrix(self, ggml_type: gguf.GGMLQuantizationType) -> bool:
-        """Whether ggml can only quantize to this type with an importance matrix."""
-        return bool(self.ggml.ggml_quantize_requires_imatrix(int(ggml_type)))
+        return Extent(header, header + max(ends, default=0))
 
     def quantize(self, rows: npt.NDArray[np.float32], ggml_type: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-        """Convert F32 rows [n, width] to a ggml type with ggml's own quantizer (`ggml_quantize_chunk`).
+        """Convert F32 rows [n, width] to a ggml type with ggml's own quantizer (`ggml_quantize_chunk`), on all processors.
+
+        Types that ggml only quantizes to with an importance matrix take all columns for equally important.
 
         Returns the rows as bytes, u8 [n, bytes of a row]. The width must be a multiple of the type's block size.
+
+        Raises:
+            FirstLayerError: a value is not finite, or exceeds what the type can hold.
         """
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         n, width = rows.shape
         block, size = gguf.GGML_QUANT_SIZES[ggml_type]
         out = np.empty((n, width // block * size), dtype=np.uint8)
-        written = self.ggml.ggml_quantize_chunk(int(ggml_type), rows.ctypes.data, out.ctypes.data, 0, n, width, None)
-        assert written == out.nbytes
+        needs_importance = self.ggml.ggml_quantize_requires_imatrix(int(ggml_type))
+        importance = np.ones(width, np.float32).ctypes.data_as(ctypes.c_void_p) if needs_importance else None
+
+        def part(first: int, end: int) -> bool:
+            source, target = rows[first:end], out[first:end]
+            self.ggml.ggml_quantize_chunk(
+                int(ggml_type), source.ctypes.data, target.ctypes.data, 0, end - first, width, importance
+            )
+            return bool(self.ggml.ggml_validate_row_data(int(ggml_type), target.ctypes.data, target.nbytes))
+
+        n_threads = os.cpu_count() or 1
+        ends = [n * i // n_threads for i in range(n_threads + 1)]
+        with _undisturbed(), ThreadPoolExecutor(n_threads) as pool:
+            valid = list(pool.map(part, ends, ends[1:]))
+        if not all(valid):
+            raise FirstLayerError(
+                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: choose another --type, like f32"
+            )
         return out
 
 
@@ -194,6 +272,8 @@ class Analysis:
     Attributes:
         n_vocab: entries of the vocabulary
         sites: in the order of the graph
+        uses: what its graph reads of the weights; empty if there is no site
+        n_batch: tokens of the prefill that the uses tell of
         elidable: names of weights that no graph of the model reads if all sites come from tables
         blocker: why there is no site, in llama.cpp's terms; "" otherwise
 
@@ -205,15 +285,17 @@ class Analysis:
         self._library = library()
         self._library.errors.clear()
         with _undisturbed():
-            self._handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
-        if not self._handle:
+            self.handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
+        if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
 
         llama = self._library.llama
-        self.n_vocab: int = llama.llama_firstlayer_n_vocab(self._handle)
-        self.sites = tuple(self._site(i) for i in range(llama.llama_firstlayer_n_sites(self._handle)))
-        self.elidable = self._names(lambda i: llama.llama_firstlayer_get_elidable(self._handle, i))
-        self.blocker: str = llama.llama_firstlayer_get_blocker(self._handle).decode()
+        self.n_vocab: int = llama.llama_firstlayer_n_vocab(self.handle)
+        self.sites = tuple(self._site(i) for i in range(llama.llama_firstlayer_n_sites(self.handle)))
+        self.uses = tuple(self._use(i) for i in range(llama.llama_firstlayer_n_uses(self.handle)))
+        self.n_batch = n_batch
+        self.elidable = self._names(lambda i: llama.llama_firstlayer_get_elidable(self.handle, i))
+        self.blocker: str = llama.llama_firstlayer_get_blocker(self.handle).decode()
 
     def _names(self, get: Callable[[int], bytes | None]) -> tuple[str, ...]:
         names: list[str] = []
@@ -223,9 +305,27 @@ class Analysis:
 
     def _site(self, i: int) -> Site:
         llama, site = self._library.llama, _CSite()
-        llama.llama_firstlayer_get_site(self._handle, i, ctypes.byref(site))
-        weights = self._names(lambda j: llama.llama_firstlayer_get_site_weight(self._handle, i, j))
+        llama.llama_firstlayer_get_site(self.handle, i, ctypes.byref(site))
+        weights = self._names(lambda j: llama.llama_firstlayer_get_site_weight(self.handle, i, j))
         return Site(site.name.decode(), site.recipe.decode(), site.width, weights)
+
+    def _use(self, i: int) -> Use:
+        use = _CUse()
+        self._library.llama.llama_firstlayer_get_use(self.handle, i, ctypes.byref(use))
+        return Use(use.weight.decode(), use.n_slices, use.n_used, use.multiply_adds, use.replaced)
+
+    def tokenize(self, text: str) -> npt.NDArray[np.int32] | None:
+        """Token ids of a text as `llama_tokenize` gives them, i32 [n]; None if the model has no tokenizer."""
+        llama, data = self._library.llama, text.encode()
+        vocab = llama.llama_model_get_vocab(llama.llama_firstlayer_get_model(self.handle))
+        if llama.llama_vocab_type(vocab) == _VOCAB_TYPE_NONE:
+            return None
+        ids = np.empty(len(data) + 8, np.int32)  # a token is a byte at least, but for those that mark begin and end
+        with _undisturbed():
+            n = llama.llama_tokenize(vocab, data, len(data), ids.ctypes.data, len(ids), True, False)
+        if n < 0:
+            raise FirstLayerError(f"the text makes {-n} tokens of {len(data)} bytes, which this tokenizer should not")
+        return ids[:n]
 
     def rows(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Evaluate all sites for some token ids with llama.cpp's kernels (`llama_firstlayer_eval`).
@@ -242,19 +342,79 @@ class Analysis:
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
         with _undisturbed():
-            status = self._library.llama.llama_firstlayer_eval(self._handle, ids.ctypes.data, len(ids), out.ctypes.data)
+            status = self._library.llama.llama_firstlayer_eval(self.handle, ids.ctypes.data, len(ids), out.ctypes.data)
         if status != 0:
             raise FirstLayerError(f"the first layer cannot be computed: {self._library.error()}")
         return out
 
     def close(self) -> None:
         """Free the model; the object must not be used any more."""
-        if self._handle:
+        if self.handle:
             with _undisturbed():
-                self._library.llama.llama_firstlayer_close(self._handle)
-            self._handle = None
+                self._library.llama.llama_firstlayer_close(self.handle)
+            self.handle = None
 
     def __enter__(self) -> Analysis:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Trial:
+    """A model with its weights whose sites come from rows in memory (`llama_firstlayer_trial_open`). A context manager.
+
+    It shows what tables would do to the output.
+
+    Args:
+        path: of the model
+        analysis: of the same model
+        n_ctx: tokens of a text
+        n_batch: tokens that are decoded at once
+
+    Attributes:
+        rows: F32 [vocabulary, columns], where each site begins at a multiple of `tables.ALIGNMENT` columns. Rows must be set
+            before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
+
+    Raises:
+        FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
+    """
+
+    def __init__(self, path: Path, analysis: Analysis, n_ctx: int, n_batch: int = 128) -> None:
+        self._library, self._n_batch, self._n_vocab = library(), n_batch, analysis.n_vocab
+        self._library.errors.clear()
+        with _undisturbed():
+            self.handle = self._library.llama.llama_firstlayer_trial_open(os.fsencode(path), analysis.handle, n_ctx, n_batch)
+        if not self.handle:
+            raise FirstLayerError(f"{path}: {self._library.error()}")
+        columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
+        self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
+            self._library.llama.llama_firstlayer_trial_rows(self.handle), (analysis.n_vocab, columns)
+        )
+
+    def decode(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits of the tokens of a text, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode, or the model has no logits.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        for first in range(0, len(tokens), self._n_batch):
+            batch = tokens[first : first + self._n_batch]
+            with _undisturbed():
+                logits = self._library.llama.llama_firstlayer_trial_decode(self.handle, batch.ctypes.data, len(batch), first)
+            if not logits:
+                raise FirstLayerError(f"the model cannot be measured: {self._library.error()}")
+            yield np.ctypeslib.as_array(logits, (len(batch), self._n_vocab))
+
+    def close(self) -> None:
+        """Free the model; the object and its rows must not be used any more."""
+        if self.handle:
+            with _undisturbed():
+                self._library.llama.llama_firstlayer_trial_close(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Trial:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import numpy.typing as npt
 from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import library
+from gguf_firstlayer.runtime import Extent, library
 
 
 class _Reader(GGUFReader):
@@ -20,6 +23,7 @@ class _Reader(GGUFReader):
 
     _LONG = 4096
     _HEADER = struct.Struct("<IQ")  # element type and number of elements
+    _LENGTH = struct.Struct("<Q")  # of a string
 
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
@@ -29,7 +33,7 @@ class _Reader(GGUFReader):
             kind, end = GGUFValueType(raw_kind), orig_offs + self._HEADER.size
             if count > self._LONG and kind == GGUFValueType.STRING:
                 for _ in range(count):
-                    end += 8 + int.from_bytes(self.data[end : end + 8].tobytes(), "little")
+                    end += 8 + self._LENGTH.unpack_from(self.data.data, end)[0]
             elif count > self._LONG and kind in self.gguf_scalar_to_np:
                 end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
             if end > orig_offs + self._HEADER.size:
@@ -37,11 +41,11 @@ class _Reader(GGUFReader):
         return super()._get_field_parts(orig_offs, raw_type)
 
 
-def _open(path: Path) -> GGUFReader:
-    """Open a GGUF file whose header is sound and whose tensors are all within the file.
+def _validate(path: Path) -> Extent:
+    """How far a GGUF file with a sound header reaches.
 
     Raises:
-        FirstLayerError: it cannot be read, is no GGUF file, is malformed, truncated, or of the other byte order.
+        FirstLayerError: it cannot be read, is no GGUF file or of the other byte order, or its header is malformed or truncated.
     """
     try:
         with path.open("rb") as file:
@@ -54,12 +58,46 @@ def _open(path: Path) -> GGUFReader:
         raise FirstLayerError(
             f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read"
         )
+    return library().validate(path)
 
-    library().validate(path)
+
+def _open(path: Path) -> GGUFReader:
+    """Open a GGUF file whose header is sound and whose tensors are all within the file.
+
+    Raises:
+        FirstLayerError: as `_validate`, or the file is truncated.
+    """
+    extent, size = _validate(path), path.stat().st_size
+    if size < extent.file:
+        raise FirstLayerError(f"{path} is truncated: it has {size} bytes of {extent.file}; download or create it again")
     try:
         return _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as err:
         raise FirstLayerError(f"{path} is truncated or malformed ({err}); download or create it again") from err
+
+
+@contextmanager
+def without_data(path: Path) -> Iterator[Path]:
+    """A model of the same metadata as the one given, of which only the headers need be there, as if downloaded in part.
+
+    That is the model itself if it is complete. Otherwise it is made of sparse files, which take no space.
+
+    Raises:
+        FirstLayerError: a part is missing, or has no sound header.
+    """
+    match = Source.PART.fullmatch(path.name)
+    names = [f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf" for i in range(int(match[3]))] if match else [path.name]
+    parts = [path.with_name(name) for name in names]
+    extents = [_validate(part) for part in parts]
+    if all(part.stat().st_size >= extent.file for part, extent in zip(parts, extents, strict=True)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for part, extent in zip(parts, extents, strict=True):
+            with part.open("rb") as source, (Path(folder) / part.name).open("wb") as copy:
+                copy.write(source.read(extent.header))
+                copy.truncate(extent.file)
+        yield Path(folder) / path.name
 
 
 class Source:
@@ -82,7 +120,7 @@ class Source:
     """
 
     # llama_split_path
-    _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+    PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +129,7 @@ class Source:
 
         part, count = (self._number(key) for key in ("split.no", "split.count"))
         if count > 1:
-            match = self._PART.fullmatch(path.name)
+            match = self.PART.fullmatch(path.name)
             if match is None or int(match[3]) != count:
                 raise FirstLayerError(f"{path} is a part of a split model, but is not named like ...-00001-of-{count:05}.gguf")
             self.paths = [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
@@ -131,5 +169,5 @@ class Source:
     @property
     def stem(self) -> str:
         """Name of the file without its ending, and without the number of its part."""
-        match = self._PART.fullmatch(self.path.name) if len(self.parts) > 1 else None
+        match = self.PART.fullmatch(self.path.name) if len(self.parts) > 1 else None
         return match[1] if match else self.path.stem

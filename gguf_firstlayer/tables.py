@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,21 @@ MAX_DIMS = 4
 ALIGNMENT = 4
 
 KEY_VERSION = "firstlayer.version"
+
+_T = GGMLQuantizationType
+
+TYPES = {
+    kind.name.lower(): kind
+    for kind in GGMLQuantizationType
+    if kind not in (_T.F64, _T.I8, _T.I16, _T.I32, _T.I64, _T.Q8_1, _T.Q8_K)  # no lookup reads these
+}
+
+# what llama-quantize takes for types whose blocks are too wide
+_NARROWER = (
+    dict.fromkeys((_T.IQ1_S, _T.IQ1_M, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S, _T.IQ4_XS), _T.IQ4_NL)
+    | dict.fromkeys((_T.Q2_K, _T.Q3_K, _T.TQ1_0, _T.TQ2_0), _T.Q4_0)
+    | {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
+)
 
 
 @dataclass(frozen=True)
@@ -86,26 +102,64 @@ class Elided:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Effect of tables on the next-token distribution, against the same model without them.
+
+    Attributes:
+        tokens: of the text
+        max_kld: bound on `kld_tables`
+        kld: mean KL divergence over the tokens, in nats
+        kld_floor: the same if the first layer only changes in its last bits
+        kld_tables: part of the tables in it: the rise over the floor, measured with errors enlarged
+        top1: share of the tokens for which the most probable next one is the same
+        perplexity_source, perplexity: of the text, without and with tables
+    """
+
+    tokens: int
+    max_kld: float
+    kld: float
+    kld_floor: float
+    kld_tables: float
+    top1: float
+    perplexity_source: float
+    perplexity: float
+
+
 def table_name(i: int) -> str:
     """Name of the tensor of table i."""
     return f"firstlayer.{i}.table"
 
 
-def layout(
-    sites: Sequence[Site], wanted: GGMLQuantizationType, n_vocab: int
-) -> tuple[list[Table], list[tuple[Site, int, int]]]:
-    """Put sites side by side, in one table if the blocks of the type allow it.
+def fitting(wanted: GGMLQuantizationType, width: int) -> GGMLQuantizationType:
+    """The type itself if its blocks divide the width, otherwise the nearest that fits.
 
-    A site whose width is no multiple of the type's block size goes to a table of F16, so that no block mixes two sites.
+    That is what llama-quantize would take (`tensor_type_fallback`).
+    """
+    for kind in (wanted, _NARROWER.get(wanted, wanted)):
+        if width % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            return kind
+    return GGMLQuantizationType.F16
+
+
+def layout(
+    sites: Sequence[Site], kinds: Mapping[Site, GGMLQuantizationType], n_vocab: int
+) -> tuple[list[Table], list[tuple[Site, int, int]]]:
+    """Put sites of one type side by side in one table, so that a lookup reads one row for all of them.
+
     Sites start at multiples of ALIGNMENT columns, and rows end there.
+
+    Args:
+        sites: to store
+        kinds: type of each, whose block size divides its width: no block mixes two sites
+        n_vocab: rows of the tables
 
     Returns:
         The tables, and (site, table number, first column) for each site in order of table and column.
     """
     groups: dict[GGMLQuantizationType, list[Site]] = {}
     for site in sites:
-        fits = site.width % gguf.GGML_QUANT_SIZES[wanted][0] == 0
-        groups.setdefault(wanted if fits else GGMLQuantizationType.F16, []).append(site)
+        groups.setdefault(kinds[site], []).append(site)
 
     tables: list[Table] = []
     placed: list[tuple[Site, int, int]] = []
@@ -113,12 +167,19 @@ def layout(
         column = 0
         for site in group:
             placed.append((site, len(tables), column))
-            column += -(-site.width // ALIGNMENT) * ALIGNMENT
+            column += padded(site.width)
         tables.append(Table(table_name(len(tables)), kind, column, n_vocab))
     return tables, placed
 
 
-def metadata(sites: Sequence[Placed], elided: Sequence[Elided]) -> list[tuple[str, Any, GGUFValueType, GGUFValueType | None]]:
+def padded(width: int) -> int:
+    """Columns that a site takes."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def metadata(
+    sites: Sequence[Placed], elided: Sequence[Elided], measurement: Measurement | None = None
+) -> list[tuple[str, Any, GGUFValueType, GGUFValueType | None]]:
     """The `firstlayer.*` keys as (key, value, type, element type of an array)."""
 
     def array(key: str, values: Iterable[Any], kind: GGUFValueType) -> tuple[str, Any, GGUFValueType, GGUFValueType]:
@@ -140,7 +201,18 @@ def metadata(sites: Sequence[Placed], elided: Sequence[Elided]) -> list[tuple[st
             array("elided.type", (int(weight.type) for weight in elided), GGUFValueType.UINT32),
             array("elided.dimension", (size for shape in padded for size in shape), GGUFValueType.INT64),
         ]
+    if measurement:
+        keys += [
+            (f"firstlayer.measured.{name}", value, GGUFValueType.UINT32 if name == "tokens" else GGUFValueType.FLOAT32, None)
+            for name, value in dataclasses.asdict(measurement).items()
+        ]
     return keys
+
+
+def read_measurement(source: Source) -> Measurement | None:
+    """What the types of a converted file's tables were chosen by, None if they were not measured."""
+    fields = [source.get_field(f"firstlayer.measured.{field.name}") for field in dataclasses.fields(Measurement)]
+    return Measurement(*(field.contents() for field in fields if field)) if all(fields) else None
 
 
 def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:

@@ -2,6 +2,7 @@
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-cpp.h"
+#include "llama-firstlayer-api.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-firstlayer.h"
 #include "llama-graph.h"
@@ -19,10 +20,10 @@
 // analysis
 //
 
-static thread_local std::string last_error;
+thread_local std::string llama_firstlayer_last_error;
 
 const char * llama_firstlayer_error(void) {
-    return last_error.c_str();
+    return llama_firstlayer_last_error.c_str();
 }
 
 // a model without its weights, on the CPU, whose buffer types decide on the kernels that rows are computed with
@@ -59,21 +60,34 @@ struct llama_firstlayer_analysis {
     llama_model_ptr   model;
     llama_context_ptr ctx;
 
+    struct use {
+        std::string weight;
+        int64_t     n_slices;
+        int64_t     n_used;
+        int64_t     multiply_adds;
+        bool        replaced;
+    };
+
     std::vector<site>        sites;
+    std::vector<use>         uses;
     std::vector<std::string> elidable;
     std::string              blocker;
 
   private:
     // build a graph and show it to `observe`
-    void build(uint32_t n_tokens);
+    void build(uint32_t n_tokens, uint32_t n_outputs);
 
     void collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk);
+    void collect_uses();
     void collect_elidable();
 
     // names of the model weights among tensors
     std::set<std::string> names(const llama_firstlayer_walk::tensor_set & tensors) const;
 
     std::unordered_map<std::string, ggml_tensor *> find_sites(const llama_firstlayer_walk & walk) const;
+
+    // what is left of a graph if its sites come from tables
+    llama_firstlayer_walk::tensor_set live_after(const llama_firstlayer_walk & walk) const;
 
     void prepare_eval();
     void load_weight(ggml_tensor * t);
@@ -134,20 +148,21 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, in
     };
 
     // a site must be there for prefill and for decode
-    build(n_batch);
-    build(n_seqs);
+    build(n_batch, n_batch);
+    build(n_seqs, n_seqs);
 
     if (!sites.empty()) {
+        collect_uses();
         collect_elidable();
     }
 }
 
-void llama_firstlayer_analysis::build(uint32_t n_tokens) {
+void llama_firstlayer_analysis::build(uint32_t n_tokens, uint32_t n_outputs) {
     llama_memory_context_ptr mctx;
     if (ctx->get_memory()) {
         mctx = ctx->get_memory()->init_full();
     }
-    if (!ctx->graph_reserve(n_tokens, n_seqs, n_tokens, mctx.get(), /*split_only =*/true)) {
+    if (!ctx->graph_reserve(n_tokens, n_seqs, n_outputs, mctx.get(), /*split_only =*/true)) {
         throw std::runtime_error("llama.cpp cannot build a graph of this model");
     }
 }
@@ -205,25 +220,44 @@ void llama_firstlayer_analysis::collect_sites(llm_graph_type gtype, const llama_
     }
 }
 
+llama_firstlayer_walk::tensor_set llama_firstlayer_analysis::live_after(const llama_firstlayer_walk & walk) const {
+    llama_firstlayer_walk::tensor_set cut;
+    const auto                        found = find_sites(walk);
+    for (const auto & site : sites) {
+        const auto it = found.find(site.recipe);
+        if (it != found.end()) {
+            cut.insert(it->second);
+        }
+    }
+    return walk.live(cut);
+}
+
+void llama_firstlayer_analysis::collect_uses() {
+    model->firstlayer->observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        if (params.gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_decoder(model.get())) {
+            return;
+        }
+        const auto live = live_after(walk);
+        for (const auto & use : walk.uses()) {
+            for (const auto & name : names(walk.ancestors(use.operand))) {
+                uses.push_back({ name, use.n_slices, use.n_used, use.multiply_adds, live.count(use.node) == 0 });
+            }
+        }
+    };
+    build(n_batch, n_seqs);
+}
+
 void llama_firstlayer_analysis::collect_elidable() {
     std::set<std::string> before;
     std::set<std::string> after;
 
     model->firstlayer->observe = [&](const llm_graph_params &, const llama_firstlayer_walk & walk) {
-        llama_firstlayer_walk::tensor_set cut;
-        const auto                        found = find_sites(walk);
-        for (const auto & site : sites) {
-            const auto it = found.find(site.recipe);
-            if (it != found.end()) {
-                cut.insert(it->second);
-            }
-        }
         before.merge(names(walk.live({})));
-        after.merge(names(walk.live(cut)));
+        after.merge(names(live_after(walk)));
     };
 
-    build(n_batch);
-    build(n_seqs);
+    build(n_batch, n_batch);
+    build(n_seqs, n_seqs);
 
     if (model->hparams.n_layer_nextn > 0 && model->hparams.router_layer < 0) {
         llama_context_params cparams = llama_context_default_params();
@@ -283,7 +317,7 @@ void llama_firstlayer_analysis::prepare_eval() {
     model->firstlayer->observe = [this](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
         walks.insert_or_assign(params.gtype, walk);
     };
-    build(n_batch);
+    build(n_batch, n_batch);
 
     std::vector<std::string> splits;
     ml = std::make_unique<llama_model_loader>(nullptr, nullptr, nullptr, path, splits, nullptr, LLAMA_LOAD_MODE_MMAP,
@@ -395,25 +429,14 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
     }
 }
 
-// C interface: exceptions become messages
-template <typename F> static auto guarded(F && f, decltype(f()) failure) -> decltype(f()) {
-    last_error.clear();
-    try {
-        return f();
-    } catch (const std::exception & err) {
-        last_error = err.what();
-        return failure;
-    }
-}
-
 llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32_t n_batch, int32_t n_threads) {
-    return guarded(
+    return llama_firstlayer_guarded(
         [&] { return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads); },
         (llama_firstlayer_analysis *) nullptr);
 }
 
 int32_t llama_firstlayer_check(const char * path_model) {
-    return guarded(
+    return llama_firstlayer_guarded(
         [&] {
             load_metadata(path_model);
             return 0;
@@ -423,6 +446,10 @@ int32_t llama_firstlayer_check(const char * path_model) {
 
 void llama_firstlayer_close(llama_firstlayer_analysis * an) {
     delete an;
+}
+
+const llama_model * llama_firstlayer_get_model(const llama_firstlayer_analysis * an) {
+    return an->model.get();
 }
 
 int32_t llama_firstlayer_n_vocab(const llama_firstlayer_analysis * an) {
@@ -435,7 +462,7 @@ int32_t llama_firstlayer_n_sites(const llama_firstlayer_analysis * an) {
 
 int32_t llama_firstlayer_get_site(const llama_firstlayer_analysis * an, int32_t i, llama_firstlayer_site * site) {
     if (i < 0 || i >= (int32_t) an->sites.size()) {
-        last_error = format("there is no site %d", i);
+        llama_firstlayer_last_error = format("there is no site %d", i);
         return -1;
     }
     *site = { an->sites[i].name.c_str(), an->sites[i].recipe.c_str(), an->sites[i].width, nullptr, 0, true };
@@ -450,6 +477,21 @@ const char * llama_firstlayer_get_site_weight(const llama_firstlayer_analysis * 
     return i >= 0 && i < (int32_t) an->sites.size() ? get_name(an->sites[i].weights, j) : nullptr;
 }
 
+int32_t llama_firstlayer_n_uses(const llama_firstlayer_analysis * an) {
+    return an->uses.size();
+}
+
+int32_t llama_firstlayer_get_use(const llama_firstlayer_analysis * an, int32_t i, llama_firstlayer_use * use) {
+    if (i < 0 || i >= (int32_t) an->uses.size()) {
+        llama_firstlayer_last_error = format("there is no use %d", i);
+        return -1;
+    }
+    const auto & cur = an->uses[i];
+
+    *use = { cur.weight.c_str(), cur.n_slices, cur.n_used, cur.multiply_adds, cur.replaced };
+    return 0;
+}
+
 const char * llama_firstlayer_get_elidable(const llama_firstlayer_analysis * an, int32_t i) {
     return get_name(an->elidable, i);
 }
@@ -462,7 +504,7 @@ int32_t llama_firstlayer_eval(llama_firstlayer_analysis * an,
                               const llama_token *         tokens,
                               int32_t                     n_tokens,
                               float *                     rows) {
-    return guarded(
+    return llama_firstlayer_guarded(
         [&] {
             an->eval(tokens, n_tokens, rows);
             return 0;

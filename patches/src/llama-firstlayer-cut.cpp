@@ -101,16 +101,9 @@ static bool is_copy_op(const ggml_tensor * t) {
 int64_t llama_firstlayer_walk::bytes_read(const ggml_tensor * t) const {
     int64_t res = 0;
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        const ggml_tensor * src = t->src[i];
-        if (src == nullptr || get(src).kind != KIND_CONSTANT) {
-            continue;
-        }
-        if (t->op == GGML_OP_GET_ROWS) {
-            res += width(t->src[1]) * src->nb[1];
-        } else if (t->op == GGML_OP_MUL_MAT_ID && i == 0) {
-            res += width(t->src[2]) * src->nb[2];
-        } else {
-            res += ggml_nbytes(src);
+        if (t->src[i] && get(t->src[i]).kind == KIND_CONSTANT) {
+            const use cur = make_use(t, i);
+            res += ggml_nbytes(cur.operand) / cur.n_slices * cur.n_used;
         }
     }
     return res;

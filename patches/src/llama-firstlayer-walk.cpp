@@ -510,6 +510,39 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live(const tensor_set &
     return reach(std::move(roots), cut);
 }
 
+llama_firstlayer_walk::use llama_firstlayer_walk::make_use(const ggml_tensor * t, int i_src) const {
+    const ggml_tensor * src = t->src[i_src];
+
+    use res = { t, src, 1, 1, 0 };
+    if (t->op == GGML_OP_GET_ROWS && i_src == 0) {
+        res.n_slices = ggml_nrows(src);
+        res.n_used   = std::max<int64_t>(1, ggml_nelements(t->src[1]) / n_tokens);
+    }
+    if (t->op == GGML_OP_MUL_MAT_ID && i_src == 0) {
+        res.n_slices = src->ne[2];
+        res.n_used   = t->src[2]->ne[0];
+    }
+    if ((t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) && i_src == 0) {
+        res.multiply_adds = src->ne[0] * ggml_nelements(t);
+    }
+    return res;
+}
+
+std::vector<llama_firstlayer_walk::use> llama_firstlayer_walk::uses() const {
+    std::vector<use> res;
+    for (const ggml_tensor * t : nodes) {
+        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE) || get(t).kind == KIND_CONSTANT) {
+            continue;
+        }
+        for (int i = 0; i < GGML_MAX_SRC; ++i) {
+            if (t->src[i] && get(t->src[i]).kind == KIND_CONSTANT) {
+                res.push_back(make_use(t, i));
+            }
+        }
+    }
+    return res;
+}
+
 std::string llama_firstlayer_walk::blocker() const {
     for (const ggml_tensor * t : nodes) {
         if (get(t).kind != KIND_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {

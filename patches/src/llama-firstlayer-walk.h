@@ -29,6 +29,15 @@ struct llama_firstlayer_walk {
         size_t        offset;  // of the site's first value in a row, in bytes
     };
 
+    // an operand of a node that is a model weight, or computed from weights alone
+    struct use {
+        const ggml_tensor * node;
+        const ggml_tensor * operand;
+        int64_t             n_slices;       // rows or experts that the node selects from, 1 if it reads all of it
+        int64_t             n_used;         // of these, for a token
+        int64_t             multiply_adds;  // if the node is a product with it
+    };
+
     using tensor_set = std::unordered_set<const ggml_tensor *>;
 
     llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights, const ggml_tensor * tok_embd);
@@ -57,6 +66,9 @@ struct llama_firstlayer_walk {
 
     // the tensors that the graph reads if the ones in `cut` were given
     tensor_set live(const tensor_set & cut) const;
+
+    // what the nodes read of the model's weights, in graph order
+    std::vector<use> uses() const;
 
     // why there is no site: what the first node that leaves the row-pure region mixes in
     std::string blocker() const;
@@ -111,6 +123,7 @@ struct llama_firstlayer_walk {
                       const tensor_set & is_live,
                       const tensor_set & cut) const;
 
+    use     make_use(const ggml_tensor * t, int i_src) const;
     bool    can_be_site(const ggml_tensor * t) const;
     int64_t bytes_read(const ggml_tensor * t) const;
 

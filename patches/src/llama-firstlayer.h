@@ -28,6 +28,15 @@ struct llama_firstlayer_site {
     bool         used;    // a node of the model's graph has this recipe
 };
 
+// what a node of the graph reads of a weight
+struct llama_firstlayer_use {
+    const char * weight;
+    int64_t      n_slices;       // rows or experts that it selects from, 1 if it reads all of the weight
+    int64_t      n_used;         // of these, for one token
+    int64_t      multiply_adds;  // in a prefill of n_batch tokens, of whose last token logits are wanted
+    bool         replaced;       // not computed if all sites come from tables
+};
+
 // message of the last error in this thread, "" if there was none
 LLAMA_API const char * llama_firstlayer_error(void);
 
@@ -38,6 +47,9 @@ LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_open(const char * 
                                                                    int32_t      n_threads);
 
 LLAMA_API void llama_firstlayer_close(struct llama_firstlayer_analysis * an);
+
+// The model, without its weights: for its vocabulary
+LLAMA_API const struct llama_model * llama_firstlayer_get_model(const struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_n_vocab(const struct llama_firstlayer_analysis * an);
 LLAMA_API int32_t llama_firstlayer_n_sites(const struct llama_firstlayer_analysis * an);
@@ -54,6 +66,13 @@ LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_first
 // Names of the weights that no graph of the model reads if all sites come from tables, NULL past the last
 LLAMA_API const char * llama_firstlayer_get_elidable(const struct llama_firstlayer_analysis * an, int32_t i);
 
+// What the model's graph reads, none if there is no site. Of a model with an encoder and a decoder: the decoder's
+LLAMA_API int32_t llama_firstlayer_n_uses(const struct llama_firstlayer_analysis * an);
+
+LLAMA_API int32_t llama_firstlayer_get_use(const struct llama_firstlayer_analysis * an,
+                                           int32_t                                  i,
+                                           struct llama_firstlayer_use *            use);
+
 // Why the model has no site
 LLAMA_API const char * llama_firstlayer_get_blocker(const struct llama_firstlayer_analysis * an);
 
@@ -66,6 +85,31 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
 
 // Whether a converted file can be loaded: as loading does, build its graphs, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
+
+//
+// trial: a model whose sites come from rows in memory, to measure what tables would do to its output
+//
+
+struct llama_firstlayer_trial;
+
+// The model of an analysis, with its weights, on the CPU.
+// n_ctx: tokens of a text; n_batch: tokens that are decoded at once
+LLAMA_API struct llama_firstlayer_trial * llama_firstlayer_trial_open(const char * path_model,
+                                                                      const struct llama_firstlayer_analysis * an,
+                                                                      int32_t                                  n_ctx,
+                                                                      int32_t                                  n_batch);
+
+LLAMA_API void llama_firstlayer_trial_close(struct llama_firstlayer_trial * trial);
+
+// F32 [n_vocab][widths of all sites, each padded to a multiple of 4], not initialized; may be changed between batches
+LLAMA_API float * llama_firstlayer_trial_rows(struct llama_firstlayer_trial * trial);
+
+// Decode tokens at positions from `first` on, where 0 begins a new text.
+// Returns the logits of every token, F32 [n_tokens][n_vocab], valid until the next call
+LLAMA_API const float * llama_firstlayer_trial_decode(struct llama_firstlayer_trial * trial,
+                                                      const llama_token *             tokens,
+                                                      int32_t                         n_tokens,
+                                                      int32_t                         first);
 
 //
 // what a loaded model uses

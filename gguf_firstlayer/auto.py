@@ -1,0 +1,296 @@
+"""Table types by measurement: the smallest tables whose effect on a model's output cannot be told from none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from gguf_firstlayer import tables as tab
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.runtime import Analysis, Site, Trial, library
+from gguf_firstlayer.source import Source
+
+Kinds = dict[Site, GGMLQuantizationType]
+Rows = npt.NDArray[np.float32]
+
+SAMPLE = Path(__file__).with_name("sample.txt")
+N_TOKENS = 512
+
+# Relative size of the smallest change there is: about what F16 rounds away, or another batch size moves
+JITTER = 2.0**-12
+
+# KL divergence grows with the square of a small error, and the model's own noise does not. So errors are measured
+# enlarged, which sets them apart from it.
+ENLARGED = 4.0
+
+# relative RMS error by which the sensitivity of each site is measured
+PROBE = 0.25
+
+# KL divergence below which a probe shows nothing
+LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    kld: float
+    top1: float
+    perplexity: float
+
+
+def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
+    """Rows F32 [n, width] as a table of some type would give them back.
+
+    Raises:
+        NotImplementedError: gguf-py cannot read the type.
+        FirstLayerError: the type cannot hold the values.
+    """
+    back: Rows = gguf.quants.dequantize(library().quantize(rows, kind), kind).reshape(rows.shape).astype(np.float32)
+    return back
+
+
+class Effects:
+    """Measures what errors in the rows of sites do to a model's output. A context manager.
+
+    Args:
+        path, analysis: of the model
+        sites: that have rows; the others are exact
+        tokens: of a text; None for the built-in one
+
+    Attributes:
+        exact: rows of each site, F32 [distinct tokens of the text, width]
+        floor: mean KL divergence of a change in the last bits
+        perplexity: of the text, without errors
+
+    Raises:
+        FirstLayerError: the model has no next-token distribution, or it is not finite.
+    """
+
+    def __init__(self, path: Path, analysis: Analysis, tokens: npt.NDArray[np.int32] | None = None) -> None:
+        if tokens is None:
+            tokens = sample_tokens(analysis)
+        self.tokens = tokens
+        self._ids, self._counts = np.unique(tokens, return_counts=True)
+        widths = [site.width for site in analysis.sites]
+        rows = analysis.rows(self._ids)
+        self.exact: dict[Site, Rows] = dict(zip(analysis.sites, np.split(rows, np.cumsum(widths)[:-1], axis=1), strict=True))
+        columns = np.cumsum([0] + [tab.padded(width) for width in widths])
+        self._columns = dict(zip(analysis.sites, columns.tolist(), strict=False))
+
+        self._reference: list[Rows] = []
+        self._trial = Trial(path, analysis, len(tokens))
+        try:
+            self.perplexity = self.measure({}).perplexity
+            self.floor = float(np.mean([self.measure(self._jitter(seed)).kld for seed in range(2)]))
+        except FirstLayerError:
+            self.close()
+            raise
+
+    def _jitter(self, seed: int) -> dict[Site, Rows]:
+        random = np.random.default_rng(seed)
+        return {
+            site: rows * random.uniform(-JITTER, JITTER, rows.shape).astype(np.float32) for site, rows in self.exact.items()
+        }
+
+    def relative_error(self, site: Site, errors: Rows) -> float:
+        """RMS error of a site relative to its RMS, over the text."""
+        weights = self._counts[:, None]
+        power = float(np.sum(weights * np.square(self.exact[site], dtype=np.float64)))
+        return float(np.sqrt(np.sum(weights * np.square(errors, dtype=np.float64)) / power)) if power > 0 else 0.0
+
+    def measure(self, errors: Mapping[Site, Rows]) -> _Outcome:
+        """Outcome if the rows of some sites are off by errors, F32 [distinct tokens of the text, width].
+
+        The first outcome is what the others are compared with.
+        """
+        for site, exact in self.exact.items():
+            first = self._columns[site]
+            self._trial.rows[self._ids, first : first + site.width] = exact + errors.get(site, 0)
+
+        is_first = not self._reference
+        klds: list[Rows] = []
+        same, losses = [], []
+        next_tokens = np.append(self.tokens[1:], -1)
+        done = 0
+        for logits in self._trial.decode(self.tokens):
+            p = logits - logits.max(axis=1, keepdims=True)
+            p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+            if is_first:
+                if not np.isfinite(p).all():
+                    raise FirstLayerError("the model cannot be measured: its output is not finite")
+                self._reference.append(p)
+            reference = self._reference[len(klds)]
+            klds.append(np.einsum("ij,ij->i", np.exp(reference), reference - p, dtype=np.float64))
+            same.append(p.argmax(axis=1) == reference.argmax(axis=1))
+            following = next_tokens[done : done + len(p)]
+            done += len(p)
+            losses.append(-p[np.arange(len(p)), following][following >= 0])
+        return _Outcome(
+            float(np.concatenate(klds).mean()),
+            float(np.concatenate(same).mean()),
+            float(np.exp(np.concatenate(losses).mean(dtype=np.float64))),
+        )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._trial.close()
+
+    def __enter__(self) -> Effects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
+    """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the model has no tokenizer."""
+    tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
+    if tokens is None:
+        return np.random.default_rng(0).integers(0, analysis.n_vocab, N_TOKENS, np.int32)
+    return tokens[:N_TOKENS]
+
+
+def table_errors(effects: Effects, kinds: Mapping[Site, GGMLQuantizationType]) -> dict[Site, Rows]:
+    """Errors of the rows in tables of given types."""
+    return {site: round_trip(effects.exact[site], kind) - effects.exact[site] for site, kind in kinds.items()}
+
+
+def measure(effects: Effects, kinds: Mapping[Site, GGMLQuantizationType], max_kld: float) -> tab.Measurement:
+    """What tables of given types do to the output."""
+    errors = table_errors(effects, kinds)
+    plain = effects.measure(errors)
+    rise = 0.0
+    if any(error.any() for error in errors.values()):
+        enlarged = effects.measure({site: np.float32(ENLARGED) * error for site, error in errors.items()})
+        rise = max(0.0, enlarged.kld - effects.floor) / ENLARGED**2
+    return tab.Measurement(
+        len(effects.tokens), max_kld, plain.kld, effects.floor, rise, plain.top1, effects.perplexity, plain.perplexity
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A type on a site's ladder, and the KL divergence expected of it."""
+
+    kind: GGMLQuantizationType
+    row_bytes: int
+    kld: float
+
+
+def _ladder(effects: Effects, site: Site) -> list[_Step]:
+    """The types that no other beats in both size and error, the smallest first, F32 last."""
+    exact = effects.exact[site]
+    errors: dict[GGMLQuantizationType, tuple[int, float, Rows]] = {}
+    for kind in tab.TYPES.values():
+        if tab.fitting(kind, site.width) != kind:
+            continue
+        try:
+            error = round_trip(exact, kind) - exact
+        except (NotImplementedError, FirstLayerError):
+            continue
+        errors[kind] = (tab.Table("", kind, tab.padded(site.width), 1).row_bytes, effects.relative_error(site, error), error)
+
+    # the sensitivity of the output to this site, by the errors of a narrow type, made larger or smaller
+    probe = min((entry for entry in errors.values() if entry[1] > 0), key=lambda entry: abs(entry[1] - PROBE), default=None)
+    sensitivity = 0.0
+    if probe is not None:
+        outcome = effects.measure({site: probe[2] * np.float32(PROBE / probe[1])})
+        sensitivity = max(LEAST, outcome.kld - effects.floor) / PROBE**2
+
+    ladder: list[_Step] = []
+    least = np.inf
+    for step in sorted(
+        (_Step(kind, size, sensitivity * relative**2) for kind, (size, relative, _) in errors.items()),
+        key=lambda step: (step.row_bytes, step.kld),
+    ):
+        if step.kld < least:
+            least = step.kld
+            ladder.append(step)
+    return ladder
+
+
+def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, tab.Measurement | None, str]:
+    """The types of the smallest tables whose part in the KL divergence is within a bound.
+
+    Returns:
+        The type of each site, the measurement, and "" ; or q8_0, or what fits instead, None, and why nothing was measured.
+    """
+    default = {site: tab.fitting(GGMLQuantizationType.Q8_0, site.width) for site in analysis.sites}
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    if memory is not None and model.bytes > 0.75 * memory:
+        return default, None, "the model takes more memory than there is"
+    try:
+        effects = Effects(model.path, analysis)
+    except FirstLayerError as err:
+        return default, None, str(err)
+    with effects:
+        ladders = {site: _ladder(effects, site) for site in analysis.sites}
+        scale = 1.0
+        while True:
+            kinds = _cheapest(ladders, max_kld / scale)
+            result = measure(effects, kinds, max_kld)
+            if result.kld_tables <= max_kld:
+                return kinds, result, ""
+            # the prediction was too low by this factor
+            predicted = sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
+            scale = result.kld_tables / predicted
+
+
+def measure_again(model: Source, analysis: Analysis, kinds: Kinds, max_kld: float) -> tab.Measurement:
+    """The measurement of some of the sites' tables."""
+    with Effects(model.path, analysis) as effects:
+        return measure(effects, kinds, max_kld)
+
+
+def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unmeasured: str) -> list[str]:
+    """What was chosen by measurement, and its effect, as people read it; types by names of sites."""
+    if unmeasured:
+        return [f"types were not measured: {unmeasured}"]
+    if measurement is None:
+        return []
+    chosen = ", ".join(f"{name} {kind}" for name, kind in types.items())
+    return [
+        f"types chosen by measurement: {chosen}",
+        f"KL divergence over {measurement.tokens} tokens: {measurement.kld:.1e} nats, of which {measurement.kld_tables:.1e}"
+        f" from the tables (bound {measurement.max_kld:.0e}); any change of a last bit makes {measurement.kld_floor:.1e}",
+        f"most probable token the same: {measurement.top1:.1%}; perplexity {measurement.perplexity_source:.3f} ->"
+        f" {measurement.perplexity:.3f}",
+    ]
+
+
+def _cheapest(ladders: Mapping[Site, Sequence[_Step]], bound: float) -> Kinds:
+    """Types of small total size whose expected KL divergence is within a bound."""
+    place = dict.fromkeys(ladders, 0)
+
+    def excess() -> float:
+        return sum(ladders[site][i].kld for site, i in place.items()) - bound
+
+    # up from the smallest types, by the steps that lower it most for each byte ...
+    while excess() > 0:
+        site, i = max(
+            ((site, j) for site, i in place.items() for j in range(i + 1, len(ladders[site]))),
+            key=lambda step: _worth(ladders[step[0]][place[step[0]]], ladders[step[0]][step[1]]),
+        )
+        place[site] = i
+    # ... and down where that went too far, by the largest steps that fit
+    while True:
+        down = [
+            (ladders[site][i].row_bytes - ladders[site][j].row_bytes, -number, site, j)
+            for number, (site, i) in enumerate(place.items())
+            for j in range(i)
+            if excess() + ladders[site][j].kld - ladders[site][i].kld <= 0
+        ]
+        if not down:
+            return {site: ladders[site][i].kind for site, i in place.items()}
+        _, _, site, i = max(down, key=lambda step: step[:2])
+        place[site] = i
+
+
+def _worth(now: _Step, then: _Step) -> float:
+    return (now.kld - then.kld) / (then.row_bytes - now.row_bytes)
