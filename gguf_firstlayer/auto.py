@@ -23,6 +23,9 @@ Rows = npt.NDArray[np.float32]
 SAMPLE = Path(__file__).with_name("sample.txt")
 N_TOKENS = 512
 
+# Types of codebooks are left out: they are made for importance matrices, and slow to quantize to
+CANDIDATES = [kind for name, kind in tab.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
+
 # Relative size of the smallest change there is: about what F16 rounds away, or another batch size moves
 JITTER = 2.0**-12
 
@@ -132,7 +135,7 @@ class Effects:
             done += len(p)
             losses.append(-p[np.arange(len(p)), following][following >= 0])
         return _Outcome(
-            float(np.concatenate(klds).mean()),
+            max(0.0, float(np.concatenate(klds).mean())),  # rounding may leave less than nothing
             float(np.concatenate(same).mean()),
             float(np.exp(np.concatenate(losses).mean(dtype=np.float64))),
         )
@@ -187,7 +190,7 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
     """The types that no other beats in both size and error, the smallest first, F32 last."""
     exact = effects.exact[site]
     errors: dict[GGMLQuantizationType, tuple[int, float, Rows]] = {}
-    for kind in tab.TYPES.values():
+    for kind in CANDIDATES:
         if tab.fitting(kind, site.width) != kind:
             continue
         try:
@@ -265,32 +268,18 @@ def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unme
 
 
 def _cheapest(ladders: Mapping[Site, Sequence[_Step]], bound: float) -> Kinds:
-    """Types of small total size whose expected KL divergence is within a bound."""
-    place = dict.fromkeys(ladders, 0)
-
-    def excess() -> float:
-        return sum(ladders[site][i].kld for site, i in place.items()) - bound
-
-    # up from the smallest types, by the steps that lower it most for each byte ...
-    while excess() > 0:
-        site, i = max(
-            ((site, j) for site, i in place.items() for j in range(i + 1, len(ladders[site]))),
-            key=lambda step: _worth(ladders[step[0]][place[step[0]]], ladders[step[0]][step[1]]),
-        )
-        place[site] = i
-    # ... and down where that went too far, by the largest steps that fit
-    while True:
-        down = [
-            (ladders[site][i].row_bytes - ladders[site][j].row_bytes, -number, site, j)
-            for number, (site, i) in enumerate(place.items())
-            for j in range(i)
-            if excess() + ladders[site][j].kld - ladders[site][i].kld <= 0
+    """Types of the least total size whose expected KL divergence is within a bound."""
+    # combinations for the first sites that no other beats in both size and divergence
+    front: list[tuple[int, float, Kinds]] = [(0, 0.0, {})]
+    for site, ladder in ladders.items():
+        longer = [
+            (size + step.row_bytes, kld + step.kld, kinds | {site: step.kind})
+            for size, kld, kinds in front
+            for step in ladder
+            if kld + step.kld <= bound
         ]
-        if not down:
-            return {site: ladders[site][i].kind for site, i in place.items()}
-        _, _, site, i = max(down, key=lambda step: step[:2])
-        place[site] = i
-
-
-def _worth(now: _Step, then: _Step) -> float:
-    return (now.kld - then.kld) / (then.row_bytes - now.row_bytes)
+        front = []
+        for entry in sorted(longer, key=lambda entry: entry[:2]):
+            if not front or entry[1] < front[-1][1]:
+                front.append(entry)
+    return front[0][2]

@@ -60,6 +60,7 @@ class Outline:
     Attributes:
         name: of the file or the shape
         architecture: as llama.cpp calls it
+        bytes: of its files
         n_vocab: entries of the vocabulary
         n_batch: tokens of the prefill that the uses tell of
         weights: all of the model's, by name
@@ -71,6 +72,7 @@ class Outline:
 
     name: str
     architecture: str
+    bytes: int
     n_vocab: int
     n_batch: int
     weights: Mapping[str, Weight]
@@ -150,7 +152,7 @@ class Plan:
     Attributes:
         name, architecture: of the model
         parameters: values of all its weights
-        model_bytes: of all its weights
+        file_bytes: of its files
         blocker: why there is nothing to precompute; the attributes below are then empty or 0
         sites: with their prices
         weights_eliminated: number of weights that are not needed any more
@@ -170,7 +172,7 @@ class Plan:
     name: str
     architecture: str
     parameters: int
-    model_bytes: int
+    file_bytes: int
     blocker: str
     sites: list[SitePlan]
     weights_eliminated: int
@@ -242,7 +244,8 @@ class Shape:
             sites.append(Site("ffn + skip", "", d, ("token_embd", *(f"blk.0.{name}" for name in ffn))))
         elidable = tuple(dict.fromkeys(use.weight for use in uses if use.replaced))
         name = "parallel" if self.parallel else "serial"
-        return Outline("shape", name, self.vocab_size, n_batch, weights, tuple(sites), tuple(uses), elidable)
+        n_bytes = sum(weight.bytes for weight in weights.values())
+        return Outline("shape", name, n_bytes, self.vocab_size, n_batch, weights, tuple(sites), tuple(uses), elidable)
 
 
 def of_model(source: Source, analysis: Analysis) -> Outline:
@@ -253,6 +256,7 @@ def of_model(source: Source, analysis: Analysis) -> Outline:
     return Outline(
         source.path.name,
         source.architecture,
+        source.bytes,
         analysis.n_vocab,
         analysis.n_batch,
         weights,
@@ -357,7 +361,7 @@ def make(
         name=outline.name,
         architecture=outline.architecture,
         parameters=sum(weight.values for weight in outline.weights.values()),
-        model_bytes=sum(weight.bytes for weight in outline.weights.values()),
+        file_bytes=outline.bytes,
         blocker=outline.blocker,
         sites=[price(outline, [], site, kinds[site]) for site in sites],
         weights_eliminated=len(elided),
@@ -461,7 +465,7 @@ def describe_price(site: SitePlan) -> str:
 def text(result: Plan) -> str:
     """The plan as people read it."""
     lines = [
-        f"{result.name}: {result.architecture}, {size_text(result.model_bytes)}, {result.parameters / 1e6:,.1f} M parameters"
+        f"{result.name}: {result.architecture}, {size_text(result.file_bytes)}, {result.parameters / 1e6:,.1f} M parameters"
     ]
     if not result.sites:
         return "\n".join([*lines, f"nothing to precompute: {result.blocker}"])
@@ -486,14 +490,14 @@ def text(result: Plan) -> str:
     lines += [
         "",
         f"tables: {sizes}; below, {chosen}",
-        f"file: {change(result.file_change)} ({result.file_change / result.model_bytes:+.1%})",
+        f"file: {change(result.file_change)} ({result.file_change / result.file_bytes:+.1%})",
         f"memory: {change(result.resident_change)} after a text of {TEXT_TOKENS:,} tokens;"
         f" {change(result.accelerator_change)} on a device that holds all layers",
         f"decoding: {result.decode_bound:.4f}x at best, {size_text(result.decode_bytes_without)} of weights per token become"
         f" {size_text(result.decode_bytes_with)}",
         f"prefill: {result.prefill_bound:.4f}x at best, by operations",
     ]
-    if result.file_change > GROWTH_ASKED * result.model_bytes:
+    if result.file_change > GROWTH_ASKED * result.file_bytes:
         lines.append(f"The file would grow by more than {GROWTH_ASKED:.0%}: convert will want --max-growth, or --yes.")
     return "\n".join(lines)
 

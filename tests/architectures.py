@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import ROOT, compare, write_archs
+from conftest import ROOT, compare, convert, write_archs
 
-from gguf_firstlayer import FirstLayerError, convert
+from gguf_firstlayer import FirstLayerError
 
 F32 = 0  # enum ggml_type
 PLM = "plm-dense"

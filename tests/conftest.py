@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from gguf_firstlayer import convert, paths
+import gguf_firstlayer
+from gguf_firstlayer import Conversion, paths
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = ROOT / "build" / "stock" / "bin"
@@ -41,6 +42,11 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
         return pickle.load(out)
 
 
+def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
+    """Convert a model whatever its file grows by."""
+    return gguf_firstlayer.convert(source, output, type=type, confirm=lambda _growth: None, **options)
+
+
 def free_port() -> int:
     """A port on the loopback device that nobody listens to."""
     with socket.socket() as probe:
@@ -62,6 +68,18 @@ def compare(source: Path, converted: Path, *jobs: dict[str, Any]) -> list[tuple[
         return run(build, *(job | {"model": model} for job in jobs))
 
     return list(zip(*both(results, (STOCK, source), (PATCHED, converted)), strict=True))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float]:
+    """Mean and maximum KL divergence in nats, and top-1 agreement, of two sets of logits."""
+    p, q = log_softmax(p), log_softmax(q)
+    values = np.sum(np.exp(p) * (p - q), axis=1)
+    return float(values.mean()), float(values.max()), float(np.mean(p.argmax(axis=1) == q.argmax(axis=1)))
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

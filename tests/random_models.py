@@ -13,7 +13,7 @@ import ctypes
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,35 +226,27 @@ EXTRA: dict[str, dict[str, Shape]] = {"eagle3-dense": {"token_embd.weight": (VOC
 FUSED = {"jina-bert-v3-dense", "nomic-bert-dense", "nomic-bert-moe-moe"}
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """The start of ``struct ggml_tensor``."""
 
     _fields_ = (("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4))
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     """``struct gguf_init_params``."""
 
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
-def _ggml(name: str, result: Any, *arguments: Any) -> Any:
+def ggml(name: str, result: Any, *arguments: Any) -> Any:
     """A function of the ggml library that llama-cpp-python has loaded; its bindings have only llama.cpp's."""
     function = llama_cpp.llama_cpp._lib[name]
     function.restype, function.argtypes = result, arguments
     return function
 
 
-def _write(path: Path, name: str, tensors: dict[str, NDArray[Any]]) -> None:
-    """Write a model of the table with the given tensors."""
-    arch = name.rpartition("-")[0]
-    metadata = DEFAULTS | MODELS[name]
-    vocab = metadata["vocab_size"]
-    assert isinstance(vocab, int)
-    # llama.cpp's tokenizer for its own tests; how the tokens are spelled does not matter
-    metadata |= {"tokenizer.ggml.model": "test", "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(vocab)]}
-
-    writer = gguf.GGUFWriter(path, arch)
+def add_keys(writer: gguf.GGUFWriter, arch: str, metadata: Mapping[str, Value]) -> None:
+    """Add hyperparameters whose names are relative to "<arch>."."""
     for key, value in metadata.items():
         full = key if key.startswith(("tokenizer.", "xielu.")) else f"{arch}.{key}"
         if isinstance(value, bool):
@@ -267,6 +259,19 @@ def _write(path: Path, name: str, tensors: dict[str, NDArray[Any]]) -> None:
             writer.add_string(full, value)
         else:
             writer.add_array(full, value)
+
+
+def _write(path: Path, name: str, tensors: dict[str, NDArray[Any]]) -> None:
+    """Write a model of the table with the given tensors."""
+    arch = name.rpartition("-")[0]
+    metadata = DEFAULTS | MODELS[name]
+    vocab = metadata["vocab_size"]
+    assert isinstance(vocab, int)
+    # llama.cpp's tokenizer for its own tests; how the tokens are spelled does not matter
+    metadata |= {"tokenizer.ggml.model": "test", "tokenizer.ggml.tokens": [f"tok_{i}" for i in range(vocab)]}
+
+    writer = gguf.GGUFWriter(path, arch)
+    add_keys(writer, arch, metadata)
     for tensor, data in tensors.items():
         writer.add_tensor(tensor, data)
     writer.write_header_to_file()
@@ -275,19 +280,24 @@ def _write(path: Path, name: str, tensors: dict[str, NDArray[Any]]) -> None:
     writer.close()
 
 
+def name_and_shape(tensor: int) -> tuple[str, Shape]:
+    """Of the tensor at an address; the shape is in numpy's order."""
+    ne = list(Tensor.from_address(tensor).ne)
+    while len(ne) > 1 and ne[-1] == 1:
+        ne.pop()
+    return ggml("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)(tensor).decode(), tuple(reversed(ne))
+
+
 def _shapes(path: Path) -> dict[str, Shape]:
     """The tensors that llama.cpp can use with the metadata of a file; the shapes are in numpy's order."""
     shapes: dict[str, Shape] = {}
-    get_name = _ggml("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
 
     def collect(tensor: int, _: int | None) -> None:
-        ne = list(_Tensor.from_address(tensor).ne)
-        while len(ne) > 1 and ne[-1] == 1:
-            ne.pop()
-        shapes[get_name(tensor).decode()] = tuple(reversed(ne))
+        name, shape = name_and_shape(tensor)
+        shapes[name] = shape
 
-    read = _ggml("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
-    metadata = read(str(path).encode(), _InitParams(no_alloc=True))
+    read = ggml("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, InitParams)
+    metadata = read(str(path).encode(), InitParams(no_alloc=True))
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     params.use_extra_bufts = False
@@ -296,7 +306,7 @@ def _shapes(path: Path) -> dict[str, Shape]:
     if not model:
         raise RuntimeError(f"llama.cpp makes no model of {path.name}")
     llama_cpp.llama_model_free(model)
-    _ggml("gguf_free", None, ctypes.c_void_p)(metadata)
+    ggml("gguf_free", None, ctypes.c_void_p)(metadata)
     return shapes
 
 
@@ -307,7 +317,7 @@ def _wanted(name: str, tensor: str) -> bool:
     return name not in WITHOUT or re.search(WITHOUT[name], tensor) is None
 
 
-def _fuse(shapes: dict[str, Shape]) -> dict[str, Shape]:
+def fuse(shapes: dict[str, Shape]) -> dict[str, Shape]:
     """Queries, keys and values from one tensor."""
     fused: dict[str, Shape] = {}
     for tensor, (rows, *rest) in shapes.items():
@@ -342,7 +352,7 @@ def generate(folder: Path, names: Iterable[str] = MODELS) -> list[Path]:
         _write(path, name, {})
         shapes = {tensor: shape for tensor, shape in _shapes(path).items() if _wanted(name, tensor)}
         if name in FUSED:
-            shapes = _fuse(shapes)
+            shapes = fuse(shapes)
         shapes |= EXTRA.get(name, {})
         _write(path, name, {tensor: _data(tensor, shape) for tensor, shape in shapes.items()})
         paths.append(path)

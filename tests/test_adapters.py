@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, compare, run
+from conftest import PATCHED, compare, convert, run
 from gguf import GGUFReader, GGUFWriter
-
-from gguf_firstlayer import convert
 
 
 def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, cli, rewrite
+from conftest import ROOT, cli, convert, rewrite
 from gguf import GGUFReader
 
-from gguf_firstlayer import FirstLayerError, convert, inspect, paths
+from gguf_firstlayer import FirstLayerError, inspect, paths
 from gguf_firstlayer.runtime import Analysis, library
 from gguf_firstlayer.tables import layout
 

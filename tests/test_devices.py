@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, both, free_port, run
+from conftest import PATCHED, ROOT, both, convert, free_port, run
 
-from gguf_firstlayer import convert
-from gguf_firstlayer.convert import TYPES
+from gguf_firstlayer.tables import TYPES
 
 #
 # offload

@@ -6,9 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PATCHED, REPORT, ROOT, compare, run
+from conftest import PATCHED, REPORT, ROOT, compare, convert, divergence, run
 
-from gguf_firstlayer import convert, inspect
+from gguf_firstlayer import inspect
 
 # architecture -> sites at least, and weights of layer 0 that must be gone from file and graph
 ARCHITECTURES = {
@@ -88,18 +88,6 @@ def test_smollm_graph(smollm, smollm_flp):
     assert len(ours) < len(stock)
     lookups = [operands[0] for op, _, operands, _ in ours if op == "GET_ROWS"]
     assert lookups.count("firstlayer.0.table") == 1  # one lookup for Q, K and V
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float]:
-    """Mean and maximum KL divergence in nats, and top-1 agreement, of two sets of logits."""
-    p, q = log_softmax(p), log_softmax(q)
-    values = np.sum(np.exp(p) * (p - q), axis=1)
-    return float(values.mean()), float(values.max()), float(np.mean(p.argmax(axis=1) == q.argmax(axis=1)))
 
 
 def test_smollm_q8_0_is_close(smollm, smollm_flp):

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from architectures import differences
-from conftest import PATCHED, REPORT, cli, compare, refusal, rewrite
+from conftest import PATCHED, REPORT, cli, compare, convert, refusal, rewrite
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from gguf_firstlayer import FirstLayerError, convert, inspect
-from gguf_firstlayer.convert import TYPES
+from gguf_firstlayer import FirstLayerError, inspect
 from gguf_firstlayer.runtime import library
+from gguf_firstlayer.tables import TYPES
 
 
 def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:

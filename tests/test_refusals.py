@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, STOCK, cli, compare, refusal, rewrite, run
+from conftest import PATCHED, ROOT, STOCK, cli, compare, convert, refusal, rewrite, run
 from gguf import GGUFReader
 
-from gguf_firstlayer import FirstLayerError, convert
+from gguf_firstlayer import FirstLayerError
 
 
 def digest(path: Path) -> str:
@@ -158,7 +158,7 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
     """Killed at random moments: the source is intact, the destination absent or whole."""
     before, whole = digest(smollm), digest(smollm_flp["q8_0"])
     output, rng = tmp_path / "x.gguf", random.Random(int(sent))
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--force"]
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--force", "--yes"]
     cut_short = 0
     for _ in range(6):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -175,11 +175,11 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
 
 
 def test_progress_bar_only_on_a_terminal(llama, tmp_path):
-    assert cli("convert", llama, "-o", tmp_path / "x.gguf").stderr == ""
+    assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--yes").stderr == ""
 
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf")]
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf"), "--yes"]
     subprocess.run(command, cwd=ROOT, stderr=secondary, stdout=subprocess.DEVNULL, check=True)
     os.close(secondary)
     assert b"tables" in os.read(primary, 10000)

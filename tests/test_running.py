@@ -20,10 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, STOCK, both, compare, free_port, run
+from conftest import PATCHED, ROOT, STOCK, both, compare, convert, free_port, run
 from gguf import GGUFReader, GGUFWriter, PoolingType
-
-from gguf_firstlayer import convert
 
 FILE = ROOT / "tests" / "text.txt"
 TEXT = FILE.read_text()

@@ -9,12 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PATCHED, ROOT, run
+from conftest import PATCHED, ROOT, convert, run
 from gguf import GGUFReader
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from gguf_firstlayer import convert
 
 N_VOCAB = 320
 HIDDEN = 64

@@ -122,7 +122,7 @@ def logits(job):
     # the default, F16, is coarser than other implementations
     cache = {"type_k": 0, "type_v": 0, "flash_attn_type": 0} if job.get("f32_cache") else {}
     for size in job["batches"]:
-        context = model.context(**cache)
+        context = model.context(**{"flash_attn_type": job.get("flash_attn", -1)} | cache)
         if job.get("warmup"):
             llama_cpp.llama_set_warmup(context, True)
             assert decode(context, tokens[:2], 0) == 0, "".join(messages)

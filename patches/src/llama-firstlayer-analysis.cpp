@@ -86,7 +86,7 @@ struct llama_firstlayer_analysis {
 
     std::unordered_map<std::string, ggml_tensor *> find_sites(const llama_firstlayer_walk & walk) const;
 
-    // what is left of a graph if its sites come from tables
+    // what a graph still reads and computes if its sites come from tables
     llama_firstlayer_walk::tensor_set live_after(const llama_firstlayer_walk & walk) const;
 
     void prepare_eval();
@@ -229,7 +229,11 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_analysis::live_after(const ll
             cut.insert(it->second);
         }
     }
-    return walk.live(cut);
+    auto res = walk.live(cut);
+    for (const ggml_tensor * t : cut) {
+        res.erase(t);
+    }
+    return res;
 }
 
 void llama_firstlayer_analysis::collect_uses() {

@@ -1,9 +1,11 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
+#include "llama-context.h"
 #include "llama-cpp.h"
 #include "llama-firstlayer-api.h"
 #include "llama-firstlayer.h"
+#include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -88,10 +90,14 @@ llama_firstlayer_trial::llama_firstlayer_trial(const char *                     
     cparams.n_ubatch             = n_batch;
     cparams.n_threads            = n_threads;
     cparams.n_threads_batch      = n_threads;
+    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
 
     ctx.reset(llama_init_from_model(model.get(), cparams));
     if (!ctx) {
         throw std::runtime_error("llama.cpp cannot run this model on its own");
+    }
+    if (!ctx->get_gf_res_reserve()->get_logits()) {
+        throw std::runtime_error("the model has no next-token distribution");
     }
 }
 
@@ -110,11 +116,7 @@ const float * llama_firstlayer_trial::decode(const llama_token * tokens, int32_t
     if (llama_decode(ctx.get(), batch) != 0) {
         throw std::runtime_error("llama.cpp cannot decode");
     }
-    const float * logits = llama_get_logits(ctx.get());
-    if (!logits) {
-        throw std::runtime_error("the model has no logits");
-    }
-    return logits;
+    return llama_get_logits(ctx.get());
 }
 
 llama_firstlayer_trial * llama_firstlayer_trial_open(const char *                      path_model,

@@ -1,0 +1,112 @@
+"""What first-layer tables would gain for published models, and docs/gains.md, which tells it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from conftest import ROOT, STOCK
+
+from gguf_firstlayer.plan import Plan, make, of_model, table_type
+from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.source import Source, without_data
+from gguf_firstlayer.tables import fitting
+from gguf_firstlayer.text import size_text
+
+DOC = ROOT / "docs" / "gains.md"
+MATRICES, TABLES = "Q4_K", "q8_0"
+
+HEAD = """# Gains
+
+What `gguf-firstlayer plan` says of {count} models by their published shapes, the largest gain first. Written by
+`scripts/gains`: it lists each model's tensors in a GGUF header ([tests/catalogue.py](../tests/catalogue.py); their sum has to
+reproduce the published number of parameters), lets llama.cpp build the model's graph, and counts what that reads. Matrices
+are {matrices}, tables {tables}.
+
+## For whom this pays
+
+A token reads less, by what layer 0 read before position enters; nothing else becomes faster. So the gain is the share of
+these weights in all that a token reads, and no more than one layer's share. It is worth a conversion for
+
+* **shallow models**, such as drafts for speculative decoding, where one layer is much of the model;
+* **parallel blocks** (Pythia, Falcon, Phi-2, Command-R), where the FFN goes too, and nearly the whole layer with it but for
+  attention and its output;
+* **SSM and hybrid models**, whose input projection is most of a layer;
+* a **first layer that is one big mixture of experts** on the layer's input (Arctic): the file shrinks by gigabytes.
+
+It is not for the ordinary deep serial model. For Llamas, Mistrals and Qwens of 30 layers and more, decoding gains a few tenths
+of a per cent at best, which nobody will notice, while the file grows; with a large vocabulary and narrow layers the
+tables outweigh the model. And weights are most of what decoding reads only while the context is short: every byte of KV
+cache that is read makes the gain smaller.
+
+*decoding*: bytes of weights read for one token without tables, divided by those with; of experts, the ones used. *prefill*:
+multiplications in products with weights, likewise. Both are bounds, at an empty context, that no run can exceed.
+*file*: change by tables, minus what they eliminate. *device*: memory that becomes free if all layers are on a GPU.
+
+| model | architecture | layers | parameters | stored per token | eliminated | decoding | prefill | file | device |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
+"""
+
+NONE = """
+Nothing to precompute:
+
+| model | architecture | why |
+|---|---|---|
+"""
+
+
+def headers(folder: Path) -> list[Path]:
+    """Write headers of all models of the catalogue."""
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
+    command = [sys.executable, ROOT / "tests" / "catalogue.py", folder, MATRICES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sorted(folder.iterdir())
+
+
+def plan_of(path: Path) -> tuple[Plan, int]:
+    """The plan of a header, and its number of layers."""
+    with without_data(path) as whole, Analysis(whole) as analysis:
+        source = Source(whole)
+        outline = of_model(source, analysis)
+        field = source.get_field(f"{source.architecture}.block_count")
+        assert field
+        return make(outline, {site: fitting(table_type(TABLES), site.width) for site in outline.sites}), int(field.contents())
+
+
+def count_text(n: float) -> str:
+    """A number of parameters as people read it."""
+    return f"{n / 1e9:,.1f} B" if n >= 1e9 else f"{n / 1e6:,.1f} M"
+
+
+def row(plan: Plan, layers: int) -> str:
+    """Its row in the table."""
+    name = plan.name.removesuffix(".gguf")
+    stored = sum(site.width for site in plan.sites)
+    device = f"-{size_text(-plan.accelerator_change)}"
+    return (
+        f"| {name} | {plan.architecture} | {layers} | {count_text(plan.parameters)} | {stored:,} |"
+        f" {count_text(plan.values_eliminated)} | {plan.decode_bound:.4f} | {plan.prefill_bound:.4f} |"
+        f" {plan.file_change / plan.file_bytes:+.1%} | {device} |"
+    )
+
+
+def page(paths: Iterable[Path]) -> str:
+    """The text of docs/gains.md, of some headers."""
+    plans = [plan_of(path) for path in paths]
+    plans.sort(key=lambda item: -item[0].decode_bound)
+    head = HEAD.format(count=len(plans), matrices=MATRICES, tables=TABLES)
+    lines = [row(plan, layers) for plan, layers in plans if plan.sites]
+    none = [
+        f"| {plan.name.removesuffix('.gguf')} | {plan.architecture} | {plan.blocker} |" for plan, _ in plans if not plan.sites
+    ]
+    return head + "\n".join(lines) + "\n" + NONE + "\n".join(none) + "\n"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        DOC.write_text(page(headers(Path(folder))), encoding="utf-8")

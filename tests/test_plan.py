@@ -1,0 +1,233 @@
+"""Plans: against the paper, against conversions, and against what tensors say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import gains
+import numpy as np
+import pytest
+from conftest import ROOT, cli, compare, convert, refusal
+
+import gguf_firstlayer
+from gguf_firstlayer import FirstLayerError, Shape, plan
+from gguf_firstlayer.plan import make, of_file, price, select, table_type
+from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.source import Source
+
+# arXiv 2402.13388: shape; weights eliminated; reads of one token without and with; reductions for batches of 1, 16, 256, 1024;
+# growth of what is stored; net change, and in per cent
+PAPER = {
+    "Pythia-6.9B": (
+        Shape(50400, 4096, 32, 32, 32, 16384, feed_forward_matrices=2, parallel=True),
+        (184_549_376, 184_553_472, 16_384, (11_264, 704, 44, 11), 619_315_200, 434_765_824, 6),
+    ),
+    "Mistral-7B": (
+        Shape(32000, 4096, 32, 32, 8, 14336),
+        (25_165_824, 25_169_920, 10_240, (2_458, 154, 10, 3), 196_608_000, 171_442_176, 2),
+    ),
+    "parallel Mixtral-8x7B": (
+        Shape(32000, 4096, 32, 32, 8, 14336, expert_count=8, parallel=True),
+        (1_434_451_968, 1_434_456_064, 10_240, (140_084, 8_756, 548, 137), 196_608_000, -1_237_843_968, -3),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def headers(tmp_path_factory) -> dict[str, Path]:
+    """Headers of published models, without data."""
+    return {path.stem: path for path in gains.headers(tmp_path_factory.mktemp("headers"))}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_tables(name):
+    shape, (eliminated, without, instead, reductions, growth, net, percent) = PAPER[name]
+    result = plan(shape.outline(), type="f16")
+    assert result.values_eliminated == eliminated
+    assert (result.reads[0].values_without, result.reads[0].values_with) == (without, instead)
+    assert [row.batch for row in result.reads] == [1, 16, 256, 1024]
+    assert tuple(round(row.reduction) for row in result.reads) == reductions
+    assert result.values_stored == growth
+    assert result.values_stored - eliminated == net
+    assert round(100 * net / result.parameters) == percent
+    assert result.file_change == 2 * net  # F16, as the weights
+
+
+def test_shape_on_the_command_line():
+    shape = "vocab_size=50400,embedding_length=4096,block_count=32,head_count=32,head_count_kv=32,feed_forward_length=16384"
+    report = json.loads(cli("plan", "--shape", f"{shape},feed_forward_matrices=2,parallel", "--batch", "16", "--json").stdout)
+    assert report["values_eliminated"] == 184_549_376
+    assert [round(row["reduction"]) for row in report["reads"]] == [704]
+    assert "704x" in cli("plan", "--shape", f"{shape},feed_forward_matrices=2,parallel").stdout
+
+
+@pytest.mark.parametrize(("name", "of_paper"), [("mistral-7b-v0.1", "Mistral-7B"), ("pythia-6.9b", "Pythia-6.9B")])
+def test_header_of_a_published_model(name, of_paper, headers):
+    """llama.cpp's graph of the published shape has the paper's numbers, although only the header of the file is there."""
+    _, (eliminated, without, instead, reductions, *_) = PAPER[of_paper]
+    result = plan(headers[name])
+    assert result.values_eliminated == eliminated
+    assert (result.reads[0].values_without, result.reads[0].values_with) == (without, instead)
+    assert tuple(round(row.reduction) for row in result.reads) == reductions
+
+
+def test_gains_document_is_current(headers):
+    """It also has to reproduce every model's number of parameters."""
+    assert gains.DOC.read_text(encoding="utf-8") == gains.page(headers.values()), "run scripts/gains"
+
+
+def test_header_only_is_for_plans(headers):
+    assert "is truncated" in refusal(cli("convert", headers["llama-3.1-70b"]))
+    lines = cli("plan", headers["llama-3.1-70b"]).stdout.splitlines()
+    assert lines[0].startswith("llama-3.1-70b.gguf: llama, ")
+    assert "70,553.7 M parameters" in lines[0]
+
+
+def read_per_token(path: Path, tied: bool, experts: float = 1.0) -> float:
+    """Bytes that a token reads of a model's weights: all of them, but one row of the embedding, and some of the experts."""
+    total = 0.0
+    for tensor in Source(path).tensors.values():
+        share = experts if "_exps" in tensor.name else 1
+        if tensor.name == "token_embd.weight":
+            share = 1 / int(tensor.shape[1]) + tied
+        total += share * int(tensor.n_bytes)
+    return total
+
+
+def test_bytes_per_token(smollm, headers):
+    small = plan(smollm)
+    assert small.decode_bytes_without == pytest.approx(read_per_token(smollm, tied=True))
+    projections = sum(int(Source(smollm).tensors[f"blk.0.attn_{which}.weight"].n_bytes) for which in ("norm", "q", "k", "v"))
+    row = 960 // 32 * 34
+    assert small.decode_bytes_without - small.decode_bytes_with == pytest.approx(projections - row)
+    assert small.decode_bound == pytest.approx(small.decode_bytes_without / small.decode_bytes_with)
+
+    mixtral = of_file(headers["mixtral-8x7b"])
+    active = sum(weight.bytes * (2 / 8 if "_exps" in name else 1) for name, weight in mixtral.weights.items())
+    embedding = mixtral.weights["token_embd.weight"].bytes
+    assert plan(mixtral).decode_bytes_without == pytest.approx(active - embedding * (1 - 1 / 32000))
+
+
+def test_operations_of_prefill(headers):
+    """A token is multiplied with every matrix but the head, which only the last one is; in the last layer, so is its FFN."""
+    outline = of_file(headers["llama-2-70b"])
+    per_layer = sum(
+        weight.values for name, weight in outline.weights.items() if name.startswith("blk.0.") and len(weight.shape) > 1
+    )
+    products = sum(use.multiply_adds for use in outline.uses)
+    assert 79 * per_layer < products / outline.n_batch < 80 * per_layer
+    replaced = sum(use.multiply_adds for use in outline.replaced(outline.sites))
+    assert replaced / outline.n_batch == 8192 * (8192 + 2 * 1024)
+
+
+@pytest.mark.parametrize("name", ["falcon-dense", "command-r-dense", "mamba2-dense", "arctic-moe", "gemma3n-dense", "t5-dense"])
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_a_conversion_does_what_the_plan_says(name, keep_weights, archs, tmp_path):
+    source = archs / f"{name}.gguf"
+    told = plan(source, type="q8_0", keep_weights=keep_weights)
+    done = convert(source, tmp_path / "x.gguf", type="q8_0", keep_weights=keep_weights)
+    assert told.file_change == sum(table.bytes for table in done.tables) - sum(weight.bytes for weight in done.elided)
+    assert told.weights_eliminated == len(done.elided)
+    assert {site.name for site in told.sites} == {site.name for site in done.sites}
+    # the rest are recipes and names
+    assert 0 < done.output_bytes - done.source_bytes - told.file_change < 16384
+
+
+def test_typical_text_touches_part_of_the_tables(smollm):
+    """The rows of a text are more than its distinct tokens' bytes, and less than the table."""
+    result = plan(smollm)
+    grown = result.resident_change + result.bytes_eliminated
+    assert 2000 * 1020 < grown < result.table_bytes["q8_0"] / 4
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "arctic-moe"])
+def test_selection(name, archs):
+    """Under every budget, what is chosen fits, and what is left out does not fit beside it, or saves nothing."""
+    outline = of_file(archs / f"{name}.gguf")
+    kinds = dict.fromkeys(outline.sites, table_type("f32"))
+    full = plan(outline, type="f32").file_change
+    growths = set()
+    for share in (-2, -1, 0, 0.3, 0.6, 1, 2):
+        budget = abs(full) * share
+        chosen, left_out = select(outline, kinds, budget, keep_weights=False)
+        growth = make(outline, {site: kinds[site] for site in chosen}).file_change
+        growths.add(growth)
+        assert growth <= budget or not chosen
+        for site in set(outline.sites) - set(chosen):
+            beside = make(outline, {other: kinds[other] for other in [*chosen, site]}).file_change
+            assert beside > budget or price(outline, chosen, site, kinds[site]).bytes_saved <= 0
+        assert {site.name for site in chosen} | {site.name for site in left_out} == {site.name for site in outline.sites}
+    assert len(growths) > 1
+
+
+def test_max_growth(smollm, tmp_path):
+    """A budget takes part of the tables; the rest is computed as ever, with the same result."""
+    done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "f32", "--max-growth", "80%")
+    assert done.returncode == 0, done.stderr
+    assert "left out by --max-growth: Qcur-0 (576 values per token): 108.0 MiB of f32" in done.stdout
+    output = tmp_path / "x.gguf"
+    assert output.stat().st_size < 1.8 * smollm.stat().st_size
+    names = {tensor for tensor in Source(smollm).tensors} - {tensor for tensor in Source(output).tensors}
+    assert names == {"blk.0.attn_k.weight", "blk.0.attn_v.weight"}
+    job = {"run": "logits", "tokens": "The harbour was quiet when the last boat came in.", "batches": [1, 32]}
+    ((stock, ours),) = compare(smollm, output, job)
+    assert all(np.array_equal(stock[size], ours[size]) for size in (1, 32))
+
+    assert "no table of" in refusal(cli("convert", smollm, "-o", tmp_path / "y.gguf", "--type", "f32", "--max-growth", "1%"))
+    assert "is no growth" in refusal(cli("convert", smollm, "-o", tmp_path / "y.gguf", "--max-growth", "much"))
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf"}
+
+
+def test_growth_is_asked_for(smollm, tmp_path):
+    output = tmp_path / "x.gguf"
+    arguments = ["convert", smollm, "-o", output, "--type", "q8_0"]
+    assert "would grow from 93.8 MiB by 47.5 MiB (+51%)" in refusal(cli(*arguments))
+    assert "more than 25%" in cli("plan", smollm).stdout
+    with pytest.raises(FirstLayerError, match="would grow"):
+        gguf_firstlayer.convert(smollm, output, type="q8_0")
+
+    for answer, code in (("n", 1), ("y", 0)):
+        primary, secondary = pty.openpty()
+        os.write(primary, f"{answer}\n".encode())
+        command = [sys.executable, "-m", "gguf_firstlayer", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, stdin=secondary, capture_output=True, text=True, check=False)
+        os.close(primary)
+        os.close(secondary)
+        assert "+51%). Convert it all the same? [y/N]" in done.stderr
+        assert done.returncode == code
+        assert output.exists() == (code == 0)
+
+
+def test_plan_without_a_site(archs):
+    done = cli("plan", archs / "gpt2-dense.gguf")
+    assert done.returncode == 0
+    assert "nothing to precompute: ADD 'inpL' mixes the embedding with inp_pos" in done.stdout
+    report = json.loads(cli("plan", archs / "gpt2-dense.gguf", "--json").stdout)
+    assert report["sites"] == []
+    assert not math.isnan(report["decode_bound"])
+
+
+def test_refusals(smollm, smollm_flp, llama, tmp_path):
+    assert "already converted" in refusal(cli("plan", smollm_flp["q8_0"]))
+    assert "give a file, or a --shape" in refusal(cli("plan"))
+    assert "give a file, or a --shape" in refusal(cli("plan", smollm, "--shape", "vocab_size=1"))
+    assert "the shape lacks embedding_length" in refusal(cli("plan", "--shape", "vocab_size=1"))
+    assert "'width=3' is no part of a shape" in refusal(cli("plan", "--shape", "vocab_size=1,width=3"))
+    assert "unknown table type" in refusal(cli("plan", smollm, "--type", "q9"))
+    assert "no list of batch sizes" in refusal(cli("plan", smollm, "--batch", "1,x"))
+    assert "one token at least" in refusal(cli("plan", smollm, "--batch", "0"))
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(llama.read_bytes()[:1000])
+    assert "malformed or truncated" in refusal(cli("plan", cut))
+
+
+def test_uses_of_an_encoder_are_not_those_of_its_decoder(archs):
+    with Analysis(archs / "t5-dense.gguf") as analysis:
+        assert analysis.uses
+        assert not any(use.weight.startswith("enc.") for use in analysis.uses if use.multiply_adds)

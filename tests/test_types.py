@@ -1,0 +1,222 @@
+"""Types of tables, and their choice by measurement."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from conftest import PATCHED, ROOT, cli, compare, convert, divergence, log_softmax, rewrite, run
+from gguf import GGMLQuantizationType, GGUFReader
+
+from gguf_firstlayer import FirstLayerError, auto, inspect
+from gguf_firstlayer.runtime import Analysis, library
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.tables import TYPES, fitting
+
+
+def quantize(source: Path, target: Path, kind: str, *options: str) -> Path:
+    """llama.cpp's own tool."""
+    subprocess.run(
+        [PATCHED / "llama-quantize", "--allow-requantize", *options, source, target, kind], check=True, capture_output=True
+    )
+    return target
+
+
+@pytest.fixture(scope="session")
+def smollm_f16(smollm, tmp_path_factory) -> Path:
+    """The real model in F16, whose kernels do not round activations to 8 bits: small changes have small effects."""
+    return quantize(smollm, tmp_path_factory.mktemp("f16") / "smollm.gguf", "f16")
+
+
+@pytest.fixture(scope="session")
+def effects(smollm_f16):
+    with Analysis(smollm_f16) as analysis, auto.Effects(smollm_f16, analysis) as effects:
+        yield effects
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_lookups_read_every_type(kind, llama, llama_flp, tmp_path):
+    """A model with tables of some type computes what one with F32 tables of the same rows does, as gguf-py reads them."""
+    stored = convert(llama, tmp_path / "stored.gguf", type=kind)
+    assert [table.type.name.lower() for table in stored.tables] == [kind]
+    (table,) = (t for t in GGUFReader(stored.output).tensors if t.name == "firstlayer.0.table")
+    if kind == "q1_0":  # gguf-py does not know it: a scale, and a sign for each of 128 values
+        blocks = table.data.reshape(-1, 18)
+        signs = 2.0 * np.unpackbits(np.ascontiguousarray(blocks[:, 2:]), axis=1, bitorder="little") - 1
+        rows = (np.ascontiguousarray(blocks[:, :2]).view(np.float16) * signs).reshape(128, -1).astype(np.float32)
+    else:
+        rows = gguf.quants.dequantize(table.data, table.tensor_type).reshape(128, -1).astype(np.float32)
+    same = rewrite(llama_flp, tmp_path / "same.gguf", change_tensor=lambda name, data: rows if "table" in name else data)
+    job = {"run": "logits", "tokens": {"count": 50, "seed": 1}, "batches": [50]}
+    ours, theirs = (result[50] for result in run(PATCHED, job | {"model": stored.output}, job | {"model": same}))
+    assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    if kind != "f32":
+        (exact,) = run(PATCHED, job | {"model": llama_flp})
+        assert not np.array_equal(ours, exact[50])
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0"])
+def test_fallback_is_llama_quantizes(kind, archs, tmp_path):
+    """A type whose blocks do not divide the columns is replaced as llama-quantize replaces it."""
+    small = quantize(archs / "apertus-dense.gguf", tmp_path / "small.gguf", kind, "--pure")
+    (tensor,) = (t for t in GGUFReader(small).tensors if t.name == "blk.1.attn_q.weight")
+    assert int(tensor.shape[0]) == 128
+    assert fitting(TYPES[kind], 128) == tensor.tensor_type
+    assert fitting(TYPES[kind], 256) == TYPES[kind]
+    assert fitting(TYPES[kind], 100) == GGMLQuantizationType.F16
+
+
+def test_fallback_is_said(smollm, tmp_path):
+    done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "q6_k", "--yes")
+    assert "Qcur-0: q8_0, as the blocks of the type wanted do not divide its width" in done.stdout
+    assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "iq2_xxs", "f16"])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_rows_are_quantized_alike_in_any_number(kind, n):
+    """Threads take parts of the rows; a row's bytes do not depend on that."""
+    rows = np.random.default_rng(0).standard_normal((n, 512), np.float32)
+    together = library().quantize(rows, TYPES[kind])
+    assert np.array_equal(together, np.concatenate([library().quantize(row[None], TYPES[kind]) for row in rows]))
+
+
+def test_values_that_a_type_cannot_hold(llama, tmp_path):
+    """F16 ends at 65504; a table must not hold infinities."""
+    large = rewrite(
+        llama, tmp_path / "large.gguf", change_tensor=lambda name, data: data * np.float32(1e8) if "0.attn_k" in name else data
+    )
+    with pytest.raises(FirstLayerError, match="hold values that f16 cannot: choose another --type, like f32"):
+        convert(large, tmp_path / "x.gguf", type="f16")
+    assert {path.name for path in tmp_path.iterdir()} == {"large.gguf"}
+    assert convert(large, tmp_path / "x.gguf", type="f32").output.exists()
+
+
+def test_measurement_is_that_of_the_file(smollm_f16, effects, tmp_path):
+    """What is measured with rows in memory is what the stock library on the source and ours on a converted file differ by."""
+    converted = convert(smollm_f16, tmp_path / "flp.gguf", type="q4_0")
+    with Analysis(smollm_f16) as analysis:
+        kinds = dict.fromkeys(analysis.sites, GGMLQuantizationType.Q4_0)
+        told = auto.measure(effects, kinds, 1e-4)
+    job = {"run": "logits", "tokens": effects.tokens.tolist(), "batches": [128], "flash_attn": 0}
+    ((stock, ours),) = compare(smollm_f16, converted.output, job)
+    mean, _, agreement = divergence(stock[128], ours[128])
+    assert told.kld == pytest.approx(mean, rel=0.01)
+    assert told.top1 == pytest.approx(agreement, abs=0.005)
+    for logits, perplexity in ((stock[128], told.perplexity_source), (ours[128], told.perplexity)):
+        loss = -log_softmax(logits)[np.arange(len(logits) - 1), effects.tokens[1:]].mean()
+        assert perplexity == pytest.approx(np.exp(loss), rel=1e-4)
+
+
+def test_enlarged_errors_tell_the_true_effect(effects):
+    """Where the model's own noise is small, the effect can be measured directly: it is what the enlarged errors say."""
+    for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_1):
+        errors = auto.table_errors(effects, dict.fromkeys(effects.exact, kind))
+        direct = effects.measure(errors).kld - effects.floor
+        enlarged = auto.measure(effects, dict.fromkeys(effects.exact, kind), 1e-4).kld_tables
+        assert enlarged == pytest.approx(direct, rel=0.25)
+
+
+def test_no_error_has_no_effect(effects):
+    result = auto.measure(effects, dict.fromkeys(effects.exact, GGMLQuantizationType.F32), 1e-4)
+    assert (result.kld, result.kld_tables, result.top1) == (0, 0, 1)
+    assert result.perplexity == result.perplexity_source
+
+
+def test_the_model_in_memory_is_the_source(smollm, smollm_f16, effects):
+    """The reference is the stock library's output, bit for bit."""
+    job = {"run": "logits", "tokens": effects.tokens.tolist(), "batches": [128], "flash_attn": 0}
+    ((stock, _),) = compare(smollm_f16, smollm_f16, job)
+    shifted = stock[128] - stock[128].max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    assert np.array_equal(np.concatenate(effects._reference), shifted)
+
+
+def test_cheapest_is_the_best():
+    """Against all combinations."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        ladders = {}
+        for site in range(4):
+            width, sensitivity = int(rng.integers(1, 20)), 10 ** rng.uniform(-3, 1)
+            bits = (4, 5, 6, 8, 16, 32)
+            steps = [auto._Step(f"{site}/{n}", width * n, sensitivity * 4.0**-n) for n in bits[:-1]]
+            ladders[site] = [*steps, auto._Step(f"{site}/32", width * 32, 0.0)]
+        bound = 10 ** rng.uniform(-6, -2)
+        steps = {step.kind: step for ladder in ladders.values() for step in ladder}
+        chosen = [steps[kind] for kind in auto._cheapest(ladders, bound).values()]
+        assert sum(step.kld for step in chosen) <= bound
+        best = min(
+            sum(step.row_bytes for step in combination)
+            for combination in itertools.product(*ladders.values())
+            if sum(step.kld for step in combination) <= bound
+        )
+        assert sum(step.row_bytes for step in chosen) == best
+
+
+def test_auto_is_the_default(smollm, tmp_path):
+    """Types are chosen by measurement, twice alike, and the file tells."""
+    outputs = [tmp_path / name for name in ("a.gguf", "b.gguf")]
+    dones = [cli("convert", smollm, "-o", output, "--yes", "--json") for output in outputs]
+    report = json.loads(dones[0].stdout)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert report["measurement"]["max_kld"] == 1e-4
+    assert 0 < report["measurement"]["kld_tables"] <= 1e-4
+    types = {table["type"] for table in report["tables"]}
+    assert types <= {"q5_1", "q6_k", "q8_0"}
+    told = json.loads(cli("inspect", outputs[0], "--json").stdout)["measurement"]
+    assert told == pytest.approx(report["measurement"], rel=1e-6)
+    text = cli("inspect", outputs[0]).stdout
+    assert re.search(r"KL divergence over 512 tokens: .* nats, of which .* from the tables \(bound 1e-04\)", text)
+
+
+@pytest.mark.parametrize(("max_kld", "expected"), [("1", 4.6), ("1e-9", 16)])
+def test_bound_decides(max_kld, expected, smollm_f16, tmp_path):
+    """A loose bound takes narrow types, a strict one wide types."""
+    result = json.loads(cli("convert", smollm_f16, "-o", tmp_path / "x.gguf", "--max-kld", max_kld, "--yes", "--json").stdout)
+    bits = [8 * table.bytes / (table.width * table.rows) for table in inspect(result["output"]).tables]
+    assert max(bits) <= expected if expected < 8 else min(bits) >= expected
+    assert result["measurement"]["kld_tables"] <= float(max_kld)
+
+
+def test_sites_have_types_of_their_own(archs, tmp_path):
+    """Sensitivity differs between sites, and so do types; what was chosen still is exact within its bound, in the file."""
+    result = convert(archs / "falcon-h1-dense.gguf", tmp_path / "x.gguf", type="auto", max_kld=1e-8)
+    assert result.measurement
+    assert result.measurement.kld_tables <= 1e-8
+    assert len({table.type for table in result.tables}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5-dense", "a model with an encoder has no next-token distribution of its own"),
+        ("nomic-bert-dense", "has no next-token distribution"),
+    ],
+)
+def test_what_cannot_be_measured(name, reason, archs, tmp_path):
+    done = cli("convert", archs / f"{name}.gguf", "-o", tmp_path / "x.gguf", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"types were not measured: .*{reason}", done.stdout)
+    assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}
+
+
+def test_a_model_larger_than_memory_is_not_measured(llama, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda _name: 100)
+    with Analysis(llama) as analysis:
+        kinds, measurement, reason = auto.choose(Source(llama), analysis, 1e-4)
+    assert measurement is None
+    assert "more memory than there is" in reason
+    assert set(kinds.values()) == {GGMLQuantizationType.Q8_0}
+
+
+def test_sample_is_long_enough(smollm):
+    with Analysis(smollm) as analysis:
+        assert len(auto.sample_tokens(analysis)) == auto.N_TOKENS
+    assert (ROOT / "gguf_firstlayer" / "sample.txt").exists()
