@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
+from tqdm import tqdm
 
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
@@ -63,10 +64,9 @@ class Effects:
 
     Args:
         path, analysis: of the model
-        sites: that have rows; the others are exact
-        tokens: of a text; None for the built-in one
 
     Attributes:
+        tokens: ids of the built-in text, i32 [n]
         exact: rows of each site, F32 [distinct tokens of the text, width]
         floor: mean KL divergence of a change in the last bits
         perplexity: of the text, without errors
@@ -75,11 +75,9 @@ class Effects:
         FirstLayerError: the model has no next-token distribution, or it is not finite.
     """
 
-    def __init__(self, path: Path, analysis: Analysis, tokens: npt.NDArray[np.int32] | None = None) -> None:
-        if tokens is None:
-            tokens = sample_tokens(analysis)
-        self.tokens = tokens
-        self._ids, self._counts = np.unique(tokens, return_counts=True)
+    def __init__(self, path: Path, analysis: Analysis) -> None:
+        self.tokens = sample_tokens(analysis)
+        self._ids, self._counts = np.unique(self.tokens, return_counts=True)
         widths = [site.width for site in analysis.sites]
         rows = analysis.rows(self._ids)
         self.exact: dict[Site, Rows] = dict(zip(analysis.sites, np.split(rows, np.cumsum(widths)[:-1], axis=1), strict=True))
@@ -87,7 +85,8 @@ class Effects:
         self._columns = dict(zip(analysis.sites, columns.tolist(), strict=False))
 
         self._reference: list[Rows] = []
-        self._trial = Trial(path, analysis, len(tokens))
+        self._trial = Trial(path, analysis, len(self.tokens))
+        self._progress = tqdm(desc="measuring", unit="run", disable=None)
         try:
             self.perplexity = self.measure({}).perplexity
             self.floor = float(np.mean([self.measure(self._jitter(seed)).kld for seed in range(2)]))
@@ -134,6 +133,7 @@ class Effects:
             following = next_tokens[done : done + len(p)]
             done += len(p)
             losses.append(-p[np.arange(len(p)), following][following >= 0])
+        self._progress.update()
         return _Outcome(
             max(0.0, float(np.concatenate(klds).mean())),  # rounding may leave less than nothing
             float(np.concatenate(same).mean()),
@@ -142,6 +142,7 @@ class Effects:
 
     def close(self) -> None:
         """Free the model."""
+        self._progress.close()
         self._trial.close()
 
     def __enter__(self) -> Effects:
@@ -222,27 +223,32 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, ta
     """The types of the smallest tables whose part in the KL divergence is within a bound.
 
     Returns:
-        The type of each site, the measurement, and "" ; or q8_0, or what fits instead, None, and why nothing was measured.
+        The type of each site, the measurement, and an empty string; or q8_0 or what fits instead, None, and why nothing was
+        measured.
     """
     default = {site: tab.fitting(GGMLQuantizationType.Q8_0, site.width) for site in analysis.sites}
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     if memory is not None and model.bytes > 0.75 * memory:
         return default, None, "the model takes more memory than there is"
     try:
-        effects = Effects(model.path, analysis)
+        with Effects(model.path, analysis) as effects:
+            return *search(effects, max_kld), ""
     except FirstLayerError as err:
         return default, None, str(err)
-    with effects:
-        ladders = {site: _ladder(effects, site) for site in analysis.sites}
-        scale = 1.0
-        while True:
-            kinds = _cheapest(ladders, max_kld / scale)
-            result = measure(effects, kinds, max_kld)
-            if result.kld_tables <= max_kld:
-                return kinds, result, ""
-            # the prediction was too low by this factor
-            predicted = sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
-            scale = result.kld_tables / predicted
+
+
+def search(effects: Effects, max_kld: float) -> tuple[Kinds, tab.Measurement]:
+    """The types of the smallest tables whose part in the KL divergence is within a bound, and their measurement."""
+    ladders = {site: _ladder(effects, site) for site in effects.exact}
+    scale = 1.0
+    while True:
+        kinds = _cheapest(ladders, max_kld / scale)
+        result = measure(effects, kinds, max_kld)
+        if result.kld_tables <= max_kld:
+            return kinds, result
+        # the prediction was too low by this factor
+        predicted = sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
+        scale = result.kld_tables / predicted
 
 
 def measure_again(model: Source, analysis: Analysis, kinds: Kinds, max_kld: float) -> tab.Measurement:

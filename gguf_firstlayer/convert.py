@@ -142,29 +142,23 @@ def convert(
     model = Source(Path(source))
     output = Path(output) if output is not None else model.path.with_name(f"{model.stem}-flp.gguf")
     _check(model, output, split_max_size, force)
-    budget = None if max_growth is None else _budget(max_growth, model.bytes)
+    if not 0 <= max_kld < math.inf:
+        raise FirstLayerError(f"{max_kld} is no bound on the KL divergence; give a number of nats like 1e-4")
+    budget = math.inf if max_growth is None else _budget(max_growth, model.bytes)
 
     with analyse(model.path) as analysis:
         if not analysis.sites:
             raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
 
+        outline = plan.of_model(model, analysis)
         measurement, unmeasured = None, ""
         if wanted is None:
             kinds, measurement, unmeasured = auto.choose(model, analysis, max_kld)
         else:
             kinds = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
-
-        outline = plan.of_model(model, analysis)
-        chosen, left_out = plan.select(outline, kinds, math.inf if budget is None else budget, keep_weights)
-        if not chosen:
-            raise FirstLayerError(
-                f"no table of {model.path} fits into --max-growth {max_growth}: {'; '.join(map(plan.describe_price, left_out))}"
-            )
-        growth = plan.make(outline, {site: kinds[site] for site in chosen}, keep_weights=keep_weights).file_change
-        if budget is None and growth > plan.GROWTH_ASKED * model.bytes:
-            confirm(
-                f"{model.path} would grow from {size_text(model.bytes)} by {size_text(growth)} ({growth / model.bytes:+.0%})"
-            )
+        if max_growth is None:
+            _check_growth(outline, kinds, keep_weights, confirm)
+        chosen, left_out = _within(budget, outline, kinds, keep_weights)
         if left_out and measurement is not None:
             measurement = auto.measure_again(model, analysis, {site: kinds[site] for site in chosen}, max_kld)
 
@@ -245,6 +239,26 @@ def _budget(max_growth: str | float, source_bytes: int) -> float:
     if not math.isfinite(value):
         raise FirstLayerError(f"{text} is no growth; give one like 5%, or a number of bytes")
     return value / 100 * source_bytes if text.endswith("%") else value
+
+
+def _check_growth(outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, confirm: Callable[[str], None]) -> None:
+    """Ask whether to write a file that grows by much."""
+    growth = plan.make(outline, kinds, keep_weights=keep_weights).file_change
+    if growth > plan.GROWTH_ASKED * outline.bytes:
+        confirm(
+            f"{outline.name} would grow from {size_text(outline.bytes)} by {size_text(growth)} ({growth / outline.bytes:+.0%})"
+        )
+
+
+def _within(
+    budget: float, outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool
+) -> tuple[list[Site], list[plan.SitePlan]]:
+    """The sites that are worth their place in a budget, and the prices of the others."""
+    chosen, left_out = plan.select(outline, kinds, budget, keep_weights)
+    if not chosen:
+        prices = "; ".join(map(plan.describe_price, left_out))
+        raise FirstLayerError(f"no table of {outline.name} fits into --max-growth: {prices}")
+    return chosen, left_out
 
 
 def _check(model: Source, output: Path, split_max_size: str | None, force: bool) -> None:

@@ -99,11 +99,9 @@ class Outline:
         """
         weight = self.weights[use.weight]
         share = use.n_used / use.n_slices
-        if use.n_slices == 1:
-            return weight.bytes
-        if use.multiply_adds:
-            return weight.bytes * (1 - (1 - share) ** n_tokens)
-        return weight.bytes * share * n_tokens
+        if use.is_lookup:
+            return weight.bytes * share * n_tokens
+        return weight.bytes * (1 - (1 - share) ** n_tokens)
 
 
 @dataclass(frozen=True)
@@ -326,14 +324,14 @@ def make(
     replaced = outline.replaced(sites)
     elided = [] if keep_weights else outline.elided(sites)
     eliminated = [outline.weights[name] for name in elided]
-    is_lookup = {use.weight: use.n_slices > 1 and use.multiply_adds == 0 for use in outline.uses}
+    lookup_tables = {use.weight for use in outline.uses if use.is_lookup}
 
     def is_matrix(name: str) -> bool:
         return sum(size > 1 for size in outline.weights[name].shape) > 1
 
     # what the sites read for each token, in values: rows of embeddings
     inputs = {name for site in sites for name in site.weights}
-    lookups = [use for use in outline.uses if use.weight in inputs and use.n_slices > 1 and use.multiply_adds == 0]
+    lookups = [use for use in outline.uses if use.weight in inputs and use.is_lookup]
     row_values = {use: outline.weights[use.weight].values // use.n_slices * use.n_used for use in lookups}
     matrices = {use.weight for use in replaced if use not in row_values and is_matrix(use.weight)}
     matrix_values = sum(outline.weights[name].values for name in matrices)
@@ -365,16 +363,16 @@ def make(
         blocker=outline.blocker,
         sites=[price(outline, [], site, kinds[site]) for site in sites],
         weights_eliminated=len(elided),
-        values_eliminated=sum(outline.weights[name].values for name in elided if is_matrix(name) and not is_lookup.get(name)),
+        values_eliminated=sum(outline.weights[name].values for name in elided if is_matrix(name) and name not in lookup_tables),
         bytes_eliminated=bytes_eliminated,
         values_stored=table_values * outline.n_vocab
-        - sum(outline.weights[name].values for name in elided if is_lookup.get(name)),
+        - sum(outline.weights[name].values for name in elided if name in lookup_tables),
         reads=reads if sites else [],
         table_bytes={name: _table_bytes(outline, sites, tab.TYPES[name]) for name in SHOWN if sites},
         file_change=table_bytes - bytes_eliminated,
         # of lookup tables, only rows were in memory
         resident_change=round(_touched(tables))
-        - sum(outline.weights[name].bytes for name in elided if not is_lookup.get(name)),
+        - sum(outline.weights[name].bytes for name in elided if name not in lookup_tables),
         accelerator_change=-sum(outline.weights[name].bytes for name in elided if name.startswith("blk.")),
         decode_bytes_without=decode,
         decode_bytes_with=decode_with,
@@ -408,12 +406,16 @@ def _touched(tables: Sequence[tab.Table]) -> float:
     """Bytes of the pages that a typical text touches: tables are mapped, and read page by page."""
     touched = 0.0
     for table in tables:
-        # distinct tokens of TEXT_TOKENS tokens: a fit to 12 kinds of text and 6 tokenizers, docs/types.md
-        rows = min(table.rows, 0.807 * TEXT_TOKENS**0.639 * table.rows**0.148)
+        rows = min(table.rows, distinct_tokens(TEXT_TOKENS, table.rows))
         pages = table.bytes / PAGE
         per_row = (table.row_bytes + PAGE - 1) / PAGE
         touched += PAGE * pages * -math.expm1(-rows * per_row / pages) if pages > per_row else table.bytes
     return touched
+
+
+def distinct_tokens(n_tokens: int, n_vocab: int) -> float:
+    """Distinct tokens of a text: a fit to texts of 12 kinds and 6 tokenizers, see docs/hot-rows.md."""
+    return float(0.807 * n_tokens**0.639 * n_vocab**0.148)
 
 
 def select(

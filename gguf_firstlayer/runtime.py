@@ -64,6 +64,11 @@ class Use:
     multiply_adds: int
     replaced: bool
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it reads rows, as of an embedding."""
+        return self.n_slices > 1 and self.multiply_adds == 0
+
 
 class _CUse(ctypes.Structure):
     _fields_ = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, cli, compare, convert, divergence, log_softmax, rewrite, run
+from conftest import PATCHED, ROOT, cli, compare, convert, divergence, log_softmax, refusal, rewrite, run
 from gguf import GGMLQuantizationType, GGUFReader
 
 from gguf_firstlayer import FirstLayerError, auto, inspect
@@ -183,6 +183,12 @@ def test_bound_decides(max_kld, expected, smollm_f16, tmp_path):
     bits = [8 * table.bytes / (table.width * table.rows) for table in inspect(result["output"]).tables]
     assert max(bits) <= expected if expected < 8 else min(bits) >= expected
     assert result["measurement"]["kld_tables"] <= float(max_kld)
+
+
+@pytest.mark.parametrize("bound", ["-1", "nan", "inf"])
+def test_bounds_that_are_none(bound, llama, tmp_path):
+    done = cli("convert", llama, "-o", tmp_path / "x.gguf", f"--max-kld={bound}")
+    assert "is no bound on the KL divergence" in refusal(done)
 
 
 def test_sites_have_types_of_their_own(archs, tmp_path):
