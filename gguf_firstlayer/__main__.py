@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from importlib import import_module
@@ -35,11 +36,15 @@ def main(argv: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except FirstLayerError as err:
         print(f"gguf-firstlayer: {err}", file=sys.stderr)
     except KeyboardInterrupt:
         print("gguf-firstlayer: interrupted, nothing was written", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it has seen enough
     except MemoryError:
         print("gguf-firstlayer: out of memory, nothing was written", file=sys.stderr)
     return 1

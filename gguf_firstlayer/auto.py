@@ -155,7 +155,7 @@ class Effects:
 def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
     """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the model has no tokenizer."""
     tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
-    if tokens is None:
+    if not len(tokens):
         return np.random.default_rng(0).integers(0, analysis.n_vocab, N_TOKENS, np.int32)
     return tokens[:N_TOKENS]
 

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, Site, Use, analyse
+from gguf_firstlayer.runtime import Analysis, Site, Use, isolated
 from gguf_firstlayer.source import Source, without_data
 from gguf_firstlayer.text import size_text, to_json
 
@@ -271,11 +271,15 @@ def of_file(path: Path) -> Outline:
     Raises:
         FirstLayerError: it cannot be read, is converted already, or llama.cpp cannot load it.
     """
+    return isolated(_read, path)
+
+
+def _read(path: Path) -> Outline:
     with without_data(path) as whole:
         source = Source(whole)
         if source.get_field(tab.KEY_VERSION) is not None:
             raise FirstLayerError(f"{path} is already converted; plan with the original model")
-        with analyse(whole) as analysis:
+        with Analysis(whole, load_vocab=False) as analysis:
             return of_model(source, analysis)
 
 

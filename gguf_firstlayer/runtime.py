@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import gguf
 import numpy as np
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.paths import paths
 
+T = TypeVar("T")
+
 _LOG_LEVEL_ERROR = 4
-_VOCAB_TYPE_NONE = 0
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -150,7 +152,7 @@ class Library:
         floats, flag = ctypes.POINTER(ctypes.c_float), ctypes.c_bool
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
-            "llama_firstlayer_open": (handle, [text, i32, i32]),
+            "llama_firstlayer_open": (handle, [text, i32, i32, flag]),
             "llama_firstlayer_close": (None, [handle]),
             "llama_firstlayer_n_vocab": (i32, [handle]),
             "llama_firstlayer_n_sites": (i32, [handle]),
@@ -162,14 +164,11 @@ class Library:
             "llama_firstlayer_get_use": (i32, [handle, i32, ctypes.POINTER(_CUse)]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
-            "llama_firstlayer_get_model": (handle, [handle]),
+            "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
             "llama_firstlayer_trial_open": (handle, [text, handle, i32, i32]),
             "llama_firstlayer_trial_close": (None, [handle]),
             "llama_firstlayer_trial_rows": (floats, [handle]),
             "llama_firstlayer_trial_decode": (floats, [handle, handle, i32, i32]),
-            "llama_model_get_vocab": (handle, [handle]),
-            "llama_vocab_type": (i32, [handle]),
-            "llama_tokenize": (i32, [handle, text, i32, handle, i32, flag, flag]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.llama, name)
@@ -273,6 +272,7 @@ class Analysis:
     Args:
         path: GGUF file of a model that is not converted; of a split model, the first part
         n_batch: tokens that are evaluated at once
+        load_vocab: load the vocabulary, which takes longer than all the rest; without it, there is no tokenizer
 
     Attributes:
         n_vocab: entries of the vocabulary
@@ -286,11 +286,11 @@ class Analysis:
         FirstLayerError: llama.cpp cannot load the model.
     """
 
-    def __init__(self, path: Path, n_batch: int = 512) -> None:
+    def __init__(self, path: Path, n_batch: int = 512, load_vocab: bool = True) -> None:
         self._library = library()
         self._library.errors.clear()
         with _undisturbed():
-            self.handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0)
+            self.handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0, load_vocab)
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
 
@@ -319,17 +319,18 @@ class Analysis:
         self._library.llama.llama_firstlayer_get_use(self.handle, i, ctypes.byref(use))
         return Use(use.weight.decode(), use.n_slices, use.n_used, use.multiply_adds, use.replaced)
 
-    def tokenize(self, text: str) -> npt.NDArray[np.int32] | None:
-        """Token ids of a text as `llama_tokenize` gives them, i32 [n]; None if the model has no tokenizer."""
-        llama, data = self._library.llama, text.encode()
-        vocab = llama.llama_model_get_vocab(llama.llama_firstlayer_get_model(self.handle))
-        if llama.llama_vocab_type(vocab) == _VOCAB_TYPE_NONE:
-            return None
+    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
+        """Token ids of a text (`llama_firstlayer_tokenize`), i32 [n]; none if the model has no tokenizer.
+
+        Raises:
+            FirstLayerError: the tokenizer fails.
+        """
+        data = text.encode()
         ids = np.empty(len(data) + 8, np.int32)  # a token is a byte at least, but for those that mark begin and end
         with _undisturbed():
-            n = llama.llama_tokenize(vocab, data, len(data), ids.ctypes.data, len(ids), True, False)
+            n = self._library.llama.llama_firstlayer_tokenize(self.handle, data, len(data), ids.ctypes.data, len(ids))
         if n < 0:
-            raise FirstLayerError(f"the text makes {-n} tokens of {len(data)} bytes, which this tokenizer should not")
+            raise FirstLayerError(f"the text cannot be tokenized: {self._library.error()}")
         return ids[:n]
 
     def rows(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -432,16 +433,42 @@ def analyse(path: Path) -> Analysis:
     Raises:
         FirstLayerError: llama.cpp cannot load the model, or aborts.
     """
-    code = (
-        "import sys; from pathlib import Path; from gguf_firstlayer import runtime; runtime.Analysis(Path(sys.argv[1])).close()"
-    )
-    child = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, errors="replace", env=_child_environment()
-    )
-    if child.returncode < 0:
-        asserted = [line for line in child.stderr.splitlines() if "ASSERT" in line or "error" in line.lower()]
-        raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
+    isolated(_try_analysis, path)
     return Analysis(path)
+
+
+def _try_analysis(path: Path) -> None:
+    Analysis(path).close()
+
+
+def isolated(function: Callable[[Path], T], path: Path) -> T:
+    """Result of a function of this package for a model, from a child process, which may abort.
+
+    Raises:
+        FirstLayerError: the function raises it, or llama.cpp aborts.
+    """
+    code = "from gguf_firstlayer.runtime import _serve; _serve()"
+    child = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps((function, path)), capture_output=True, env=_child_environment()
+    )
+    if child.returncode != 0:
+        lines = child.stderr.decode(errors="replace").splitlines()
+        asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
+        raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
+    result = pickle.loads(child.stdout)
+    if isinstance(result, FirstLayerError):
+        raise result
+    return cast(T, result)
+
+
+def _serve() -> None:
+    """The other side of `isolated`."""
+    function, path = pickle.load(sys.stdin.buffer)
+    try:
+        result = function(path)
+    except FirstLayerError as err:
+        result = err
+    pickle.dump(result, sys.stdout.buffer)
 
 
 def _child_environment() -> dict[str, str]:

@@ -32,8 +32,9 @@ class _Reader(GGUFReader):
             raw_kind, count = self._HEADER.unpack(self.data[orig_offs : orig_offs + self._HEADER.size].tobytes())
             kind, end = GGUFValueType(raw_kind), orig_offs + self._HEADER.size
             if count > self._LONG and kind == GGUFValueType.STRING:
+                view, length = self.data.data, self._LENGTH.unpack_from
                 for _ in range(count):
-                    end += 8 + self._LENGTH.unpack_from(self.data.data, end)[0]
+                    end += 8 + length(view, end)[0]
             elif count > self._LONG and kind in self.gguf_scalar_to_np:
                 end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
             if end > orig_offs + self._HEADER.size:

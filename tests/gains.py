@@ -70,7 +70,7 @@ def headers(folder: Path) -> list[Path]:
 
 def plan_of(path: Path) -> tuple[Plan, int]:
     """The plan of a header, and its number of layers."""
-    with without_data(path) as whole, Analysis(whole) as analysis:
+    with without_data(path) as whole, Analysis(whole, load_vocab=False) as analysis:
         source = Source(whole)
         outline = of_model(source, analysis)
         field = source.get_field(f"{source.architecture}.block_count")

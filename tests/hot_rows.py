@@ -28,13 +28,13 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = (1024, 4096, 8192, 16384, 32768)
 BATCHES = (1, 8, 32, 128, 512)
 TEXT_BYTES = 2_000_000
-EXAMPLES = ("smollm2-135m", "gemma-3-270m", "llama-3.2-1b", "qwen3.5-0.8b", "llama-68m", "phi-2")
+EXAMPLES = ("command-r-35b", "smollm2-135m", "gemma-3-270m", "llama-3.2-1b", "qwen3.5-0.8b", "llama-68m", "phi-2")
 
 PAGE = """# Hot rows
 
-Tables could hold the rows of the N most used tokens only. A batch of such tokens would take the lookup; any other would compute, so
-the weights would have to stay. This was measured before it was written, and it does not pay, so there is no `--rows`. Written by
-`scripts/hot-rows`.
+Tables could hold the rows of the N most used tokens only. A batch of such tokens would take the lookup; any other would compute,
+so the weights would have to stay. It was measured what that would give before writing it; it was left out for what is below.
+Written by `scripts/hot-rows`.
 
 ## What N rows hit
 
@@ -43,7 +43,7 @@ has: {texts}. The most used tokens are counted on the first half of a text, or o
 half; the lowest ids are those that the tokenizer was trained to first. Means over the texts.
 
 | most used by | N | {batches} |
-|---|--:|{dashes}|
+|---|--:|{dashes}
 {hits}
 
 A prompt is a batch of hundreds of tokens, and practically never hot: prefill gains nothing. Decoding one token at a time hits
@@ -71,13 +71,20 @@ decoding, if {share:.0%} of the tokens are hot (all texts' mean, counted on othe
 |---|--:|--:|--:|--:|
 {worth}
 
-* The weights stay, so memory only grows, the file always does, and a device saves nothing.
-* The rows of tokens that do not occur cost no memory anyway: tables are mapped, and read page by page.
-* What is left is size on disk, for a part of a gain that is small wherever tables are large. `--max-growth` and narrower types
-  save disk too, and keep prefill's gain.
-* Two kinds of graph would take turns. llama.cpp keeps one, and rebuilds it if the next differs; without that reuse, decoding
-  takes {rebuild} as long (SmolLM2, {pairs} interleaved pairs in one process, median and 95 % interval). So switching would eat the
-  gain, unless llama.cpp kept two graphs and their memory, which is more change to it than all of this project makes.
+For it: on text of the kind that the tokens were counted on, one sequence at a time, most of decoding's gain is left for a small
+part of the size on disk.
+
+Against it:
+
+* That is all that is left. Prefill gains nothing, nor does a server that decodes for many, and the weights stay: the file always
+  grows, and no device gets memory back. With all rows, it is the weights that go.
+* Memory is not what it saves: rows of tokens that do not occur take none anyway.
+* Where tables outweigh the model (small models of large vocabularies), the gain that it would save disk for is a few tenths of a
+  per cent, which nobody will notice. Where there is a gain (parallel blocks), the tables with all rows free the memory of a
+  layer. In between are models like Command-R, for which disk might be a reason.
+* Two kinds of graph would take turns. llama.cpp keeps one, and rebuilds it if the next differs; without that reuse, decoding takes
+  {rebuild} times as long (SmolLM2, {pairs} interleaved pairs in one process, median and 95 % interval). Each miss would cost
+  that twice, unless llama.cpp kept two graphs and their memory, which is more change to it than all of this project makes.
 """  # noqa: E501
 
 
@@ -112,12 +119,7 @@ def hit(tokens: np.ndarray, hot: np.ndarray, size: int) -> float:
 def tokenized() -> tuple[dict[str, np.ndarray], int]:
     """Token ids of the texts by their kind, and the size of the vocabulary."""
     with Analysis(MODEL) as analysis:
-        kinds = {}
-        for kind, text in texts().items():
-            tokens = analysis.tokenize(text[:TEXT_BYTES])
-            assert tokens is not None
-            kinds[kind] = tokens
-        return kinds, analysis.n_vocab
+        return {kind: analysis.tokenize(text[:TEXT_BYTES]) for kind, text in texts().items()}, analysis.n_vocab
 
 
 def distinct(kinds: dict[str, np.ndarray], n_vocab: int) -> list[str]:
@@ -189,7 +191,7 @@ def rebuild(pairs: int) -> str:
             ratios.append(times[1] / times[0])
     draws = np.random.default_rng(0).choice(ratios, (2000, pairs))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}] times"
+    return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def worth(n: int, share: float) -> list[str]:

@@ -227,6 +227,25 @@ def test_refusals(smollm, smollm_flp, llama, tmp_path):
     assert "malformed or truncated" in refusal(cli("plan", cut))
 
 
+def test_the_vocabulary_makes_no_difference(smollm):
+    """Plans leave it out, since it takes longer to load than all the rest."""
+    with Analysis(smollm) as whole, Analysis(smollm, load_vocab=False) as lean:
+        assert lean.n_vocab == whole.n_vocab == 49152
+        assert (lean.sites, lean.uses, lean.elidable) == (whole.sites, whole.uses, whole.elidable)
+        assert len(lean.tokenize("text")) == 0
+
+
+def test_output_that_nobody_reads(smollm):
+    """As of `plan ... | head -1`."""
+    command = [sys.executable, "-m", "gguf_firstlayer", "plan", str(smollm), "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
 def test_uses_of_an_encoder_are_not_those_of_its_decoder(archs):
     with Analysis(archs / "t5-dense.gguf") as analysis:
         assert analysis.uses

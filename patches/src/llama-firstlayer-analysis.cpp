@@ -1,5 +1,6 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
+#include "gguf.h"
 #include "llama-context.h"
 #include "llama-cpp.h"
 #include "llama-firstlayer-api.h"
@@ -26,8 +27,37 @@ const char * llama_firstlayer_error(void) {
     return llama_firstlayer_last_error.c_str();
 }
 
+// Overrides by which the model in a file has no vocabulary but its size: nothing else of it is in a graph, and to load it takes
+// longer than all the rest. Ends with an empty one.
+static std::vector<llama_model_kv_override> without_vocab(const char * path_model) {
+    std::vector<llama_model_kv_override> res;
+
+    const gguf_context_ptr meta(gguf_init_from_file(path_model, { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
+    if (!meta) {
+        throw std::runtime_error("llama.cpp cannot read the file");
+    }
+    const int64_t id_arch   = gguf_find_key(meta.get(), "general.architecture");
+    const int64_t id_tokens = gguf_find_key(meta.get(), "tokenizer.ggml.tokens");
+    if (id_arch >= 0 && gguf_get_kv_type(meta.get(), id_arch) == GGUF_TYPE_STRING && id_tokens >= 0 &&
+        gguf_get_kv_type(meta.get(), id_tokens) == GGUF_TYPE_ARRAY) {
+        llama_model_kv_override model = {};
+        model.tag                     = LLAMA_KV_OVERRIDE_TYPE_STR;
+        snprintf(model.key, sizeof(model.key), "tokenizer.ggml.model");
+        snprintf(model.val_str, sizeof(model.val_str), "no_vocab");
+        res.push_back(model);
+
+        llama_model_kv_override size = {};
+        size.tag                     = LLAMA_KV_OVERRIDE_TYPE_INT;
+        snprintf(size.key, sizeof(size.key), "%s.vocab_size", gguf_get_val_str(meta.get(), id_arch));
+        size.val_i64 = gguf_get_arr_n(meta.get(), id_tokens);
+        res.push_back(size);
+    }
+    res.push_back({});
+    return res;
+}
+
 // a model without its weights, on the CPU, whose buffer types decide on the kernels that rows are computed with
-static llama_model_ptr load_metadata(const char * path_model) {
+static llama_model_ptr load_metadata(const char * path_model, bool load_vocab) {
     static ggml_backend_dev_t devices[] = { nullptr };
 
     llama_model_params params = llama_model_default_params();
@@ -36,6 +66,12 @@ static llama_model_ptr load_metadata(const char * path_model) {
     params.load_mode          = LLAMA_LOAD_MODE_NONE;
     params.no_alloc           = true;
     params.load_mtp           = true;
+
+    std::vector<llama_model_kv_override> overrides;
+    if (!load_vocab) {
+        overrides           = without_vocab(path_model);
+        params.kv_overrides = overrides.data();
+    }
 
     llama_model_ptr res(llama_model_load_from_file(path_model, params));
     if (!res) {
@@ -53,7 +89,7 @@ struct llama_firstlayer_analysis {
         llm_graph_type           gtype;  // of the graph it was found in
     };
 
-    llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads);
+    llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads, bool load_vocab);
 
     void eval(const llama_token * tokens, int32_t n_tokens, float * rows);
 
@@ -117,11 +153,14 @@ struct llama_firstlayer_analysis {
     std::vector<ggml_backend_buffer_ptr>            bufs;
 };
 
-llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads) :
+llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
+                                                     int32_t      n_batch,
+                                                     int32_t      n_threads,
+                                                     bool         load_vocab) :
     path(path_model),
     n_batch(n_batch),
     n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())) {
-    model = load_metadata(path_model);
+    model = load_metadata(path_model, load_vocab);
     if (model->firstlayer) {
         throw std::runtime_error("the model is already converted");
     }
@@ -433,16 +472,21 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
     }
 }
 
-llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model, int32_t n_batch, int32_t n_threads) {
+llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model,
+                                                  int32_t      n_batch,
+                                                  int32_t      n_threads,
+                                                  bool         load_vocab) {
     return llama_firstlayer_guarded(
-        [&] { return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads); },
+        [&] {
+            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads, load_vocab);
+        },
         (llama_firstlayer_analysis *) nullptr);
 }
 
 int32_t llama_firstlayer_check(const char * path_model) {
     return llama_firstlayer_guarded(
         [&] {
-            load_metadata(path_model);
+            load_metadata(path_model, true);
             return 0;
         },
         -1);
@@ -450,10 +494,6 @@ int32_t llama_firstlayer_check(const char * path_model) {
 
 void llama_firstlayer_close(llama_firstlayer_analysis * an) {
     delete an;
-}
-
-const llama_model * llama_firstlayer_get_model(const llama_firstlayer_analysis * an) {
-    return an->model.get();
 }
 
 int32_t llama_firstlayer_n_vocab(const llama_firstlayer_analysis * an) {
@@ -502,6 +542,26 @@ const char * llama_firstlayer_get_elidable(const llama_firstlayer_analysis * an,
 
 const char * llama_firstlayer_get_blocker(const llama_firstlayer_analysis * an) {
     return an->blocker.c_str();
+}
+
+int32_t llama_firstlayer_tokenize(const llama_firstlayer_analysis * an,
+                                  const char *                      text,
+                                  int32_t                           n_text,
+                                  llama_token *                     tokens,
+                                  int32_t                           n_tokens_max) {
+    return llama_firstlayer_guarded(
+        [&] {
+            const llama_vocab * vocab = llama_model_get_vocab(an->model.get());
+            if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
+                return 0;
+            }
+            const int32_t n = llama_tokenize(vocab, text, n_text, tokens, n_tokens_max, true, false);
+            if (n < 0) {
+                throw std::runtime_error(format("the text has more than %d tokens", n_tokens_max));
+            }
+            return n;
+        },
+        -1);
 }
 
 int32_t llama_firstlayer_eval(llama_firstlayer_analysis * an,

@@ -41,15 +41,13 @@ struct llama_firstlayer_use {
 LLAMA_API const char * llama_firstlayer_error(void);
 
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
-// n_batch: tokens evaluated at once; n_threads: 0 for all
+// n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: more than its size, which takes long
 LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model,
                                                                    int32_t      n_batch,
-                                                                   int32_t      n_threads);
+                                                                   int32_t      n_threads,
+                                                                   bool         load_vocab);
 
 LLAMA_API void llama_firstlayer_close(struct llama_firstlayer_analysis * an);
-
-// The model, without its weights: for its vocabulary
-LLAMA_API const struct llama_model * llama_firstlayer_get_model(const struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_n_vocab(const struct llama_firstlayer_analysis * an);
 LLAMA_API int32_t llama_firstlayer_n_sites(const struct llama_firstlayer_analysis * an);
@@ -75,6 +73,13 @@ LLAMA_API int32_t llama_firstlayer_get_use(const struct llama_firstlayer_analysi
 
 // Why the model has no site
 LLAMA_API const char * llama_firstlayer_get_blocker(const struct llama_firstlayer_analysis * an);
+
+// Tokens of a text, with those that mark its begin and end. Returns their number, 0 if the model has no tokenizer.
+LLAMA_API int32_t llama_firstlayer_tokenize(const struct llama_firstlayer_analysis * an,
+                                            const char *                             text,
+                                            int32_t                                  n_text,
+                                            llama_token *                            tokens,
+                                            int32_t                                  n_tokens_max);
 
 // Compute the rows of some tokens.
 // rows: F32 [n_tokens][sum of the widths of all sites], the sites in their order
