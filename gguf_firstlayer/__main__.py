@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         print("gguf-firstlayer: interrupted, nothing was written", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it has seen enough
+    except OSError as err:
+        print(f"gguf-firstlayer: {err}", file=sys.stderr)
     except MemoryError:
         print("gguf-firstlayer: out of memory, nothing was written", file=sys.stderr)
     return 1

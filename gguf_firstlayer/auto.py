@@ -27,25 +27,33 @@ N_TOKENS = 512
 # Types of codebooks are left out: they are made for importance matrices, and slow to quantize to
 CANDIDATES = [kind for name, kind in tab.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
 
-# Relative size of the smallest change there is: about what F16 rounds away, or another batch size moves
-JITTER = 2.0**-12
-
 # KL divergence grows with the square of a small error, and the model's own noise does not. So errors are measured
 # enlarged, which sets them apart from it.
 ENLARGED = 4.0
 
-# relative RMS error by which the sensitivity of each site is measured
-PROBE = 0.25
+# Relative size of the smallest change there is: what F16 rounds away, as large as errors are measured
+JITTER = ENLARGED * 2.0**-12
+N_JITTER = 2
 
-# KL divergence below which a probe shows nothing
-LEAST = 1e-6
+# relative RMS error by which the sensitivity of each site is measured: of types that matter, enlarged
+PROBE = 0.1
+
+# factor by which predictions may be wrong
+UNCERTAIN = 3
+
+# sensitivity below which a probe shows nothing
+LEAST = 1e-5
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    kld: float
+    klds: npt.NDArray[np.float64]  # of each token
     top1: float
     perplexity: float
+
+    @property
+    def kld(self) -> float:
+        return max(0.0, float(self.klds.mean()))  # rounding may leave less than nothing
 
 
 def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
@@ -89,7 +97,8 @@ class Effects:
         self._progress = tqdm(desc="measuring", unit="run", disable=None)
         try:
             self.perplexity = self.measure({}).perplexity
-            self.floor = float(np.mean([self.measure(self._jitter(seed)).kld for seed in range(2)]))
+            self._floors = np.mean([self.measure(self._jitter(seed)).klds for seed in range(N_JITTER)], axis=0)
+            self.floor = max(0.0, float(self._floors.mean()))
         except FirstLayerError:
             self.close()
             raise
@@ -99,6 +108,14 @@ class Effects:
         return {
             site: rows * random.uniform(-JITTER, JITTER, rows.shape).astype(np.float32) for site, rows in self.exact.items()
         }
+
+    def rise(self, errors: Mapping[Site, Rows], factor: float) -> tuple[float, float]:
+        """What errors add to the mean KL divergence, by measuring them enlarged by a factor, and its standard error."""
+        if not any(error.any() for error in errors.values()):
+            return 0.0, 0.0
+        outcome = self.measure({site: np.float32(factor) * error for site, error in errors.items()})
+        rises = (outcome.klds - self._floors) / factor**2
+        return float(rises.mean()), float(rises.std(ddof=1) / np.sqrt(len(rises)))
 
     def relative_error(self, site: Site, errors: Rows) -> float:
         """RMS error of a site relative to its RMS, over the text."""
@@ -116,7 +133,7 @@ class Effects:
             self._trial.rows[self._ids, first : first + site.width] = exact + errors.get(site, 0)
 
         is_first = not self._reference
-        klds: list[Rows] = []
+        klds: list[npt.NDArray[np.float64]] = []
         same, losses = [], []
         next_tokens = np.append(self.tokens[1:], -1)
         done = 0
@@ -135,7 +152,7 @@ class Effects:
             losses.append(-p[np.arange(len(p)), following][following >= 0])
         self._progress.update()
         return _Outcome(
-            max(0.0, float(np.concatenate(klds).mean())),  # rounding may leave less than nothing
+            np.concatenate(klds),
             float(np.concatenate(same).mean()),
             float(np.exp(np.concatenate(losses).mean(dtype=np.float64))),
         )
@@ -153,9 +170,9 @@ class Effects:
 
 
 def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
-    """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the model has no tokenizer."""
+    """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the tokenizer makes little of it."""
     tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
-    if not len(tokens):
+    if len(np.unique(tokens)) < N_TOKENS / 8:
         return np.random.default_rng(0).integers(0, analysis.n_vocab, N_TOKENS, np.int32)
     return tokens[:N_TOKENS]
 
@@ -169,12 +186,15 @@ def measure(effects: Effects, kinds: Mapping[Site, GGMLQuantizationType], max_kl
     """What tables of given types do to the output."""
     errors = table_errors(effects, kinds)
     plain = effects.measure(errors)
-    rise = 0.0
-    if any(error.any() for error in errors.values()):
-        enlarged = effects.measure({site: np.float32(ENLARGED) * error for site, error in errors.items()})
-        rise = max(0.0, enlarged.kld - effects.floor) / ENLARGED**2
     return tab.Measurement(
-        len(effects.tokens), max_kld, plain.kld, effects.floor, rise, plain.top1, effects.perplexity, plain.perplexity
+        len(effects.tokens),
+        max_kld,
+        plain.kld,
+        effects.floor,
+        *effects.rise(errors, ENLARGED),
+        plain.top1,
+        effects.perplexity,
+        plain.perplexity,
     )
 
 
@@ -204,8 +224,8 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
     probe = min((entry for entry in errors.values() if entry[1] > 0), key=lambda entry: abs(entry[1] - PROBE), default=None)
     sensitivity = 0.0
     if probe is not None:
-        outcome = effects.measure({site: probe[2] * np.float32(PROBE / probe[1])})
-        sensitivity = max(LEAST, outcome.kld - effects.floor) / PROBE**2
+        rise, _ = effects.rise({site: probe[2]}, PROBE / probe[1])
+        sensitivity = max(LEAST, rise / probe[1] ** 2)
 
     ladder: list[_Step] = []
     least = np.inf
@@ -240,15 +260,28 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, ta
 def search(effects: Effects, max_kld: float) -> tuple[Kinds, tab.Measurement]:
     """The types of the smallest tables whose part in the KL divergence is within a bound, and their measurement."""
     ladders = {site: _ladder(effects, site) for site in effects.exact}
+
+    def predicted(kinds: Kinds) -> float:
+        return sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
+
+    def measured(kinds: Kinds) -> float:
+        return sum(effects.rise(table_errors(effects, kinds), ENLARGED))
+
     scale = 1.0
     while True:
         kinds = _cheapest(ladders, max_kld / scale)
-        result = measure(effects, kinds, max_kld)
-        if result.kld_tables <= max_kld:
-            return kinds, result
-        # the prediction was too low by this factor
-        predicted = sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
-        scale = result.kld_tables / predicted
+        rise = measured(kinds)
+        if rise <= max_kld:
+            break
+        scale = rise / predicted(kinds)  # by so much was that too low
+
+    # for some site it may be too high: one step down for each for which that is likely, the widest first
+    for site in sorted(ladders, key=lambda site: site.width, reverse=True):
+        place = [step.kind for step in ladders[site]].index(kinds[site])
+        lower = kinds | {site: ladders[site][max(0, place - 1)].kind}
+        if lower != kinds and predicted(lower) <= UNCERTAIN * max_kld and measured(lower) <= max_kld:
+            kinds = lower
+    return kinds, measure(effects, kinds, max_kld)
 
 
 def measure_again(model: Source, analysis: Analysis, kinds: Kinds, max_kld: float) -> tab.Measurement:
@@ -266,8 +299,9 @@ def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unme
     chosen = ", ".join(f"{name} {kind}" for name, kind in types.items())
     return [
         f"types chosen by measurement: {chosen}",
-        f"KL divergence over {measurement.tokens} tokens: {measurement.kld:.1e} nats, of which {measurement.kld_tables:.1e}"
-        f" from the tables (bound {measurement.max_kld:.0e}); any change of a last bit makes {measurement.kld_floor:.1e}",
+        f"KL divergence over {measurement.tokens} tokens: {measurement.kld:.1e} nats, of which"
+        f" {measurement.kld_tables:.1e} ± {measurement.kld_tables_error:.1e} from the tables (bound {measurement.max_kld:g});"
+        f" any change of last bits makes {measurement.kld_floor:.1e}",
         f"most probable token the same: {measurement.top1:.1%}; perplexity {measurement.perplexity_source:.3f} ->"
         f" {measurement.perplexity:.3f}",
     ]

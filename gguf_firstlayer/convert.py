@@ -158,7 +158,7 @@ def convert(
             kinds = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
         if max_growth is None:
             _check_growth(outline, kinds, keep_weights, confirm)
-        chosen, left_out = _within(budget, outline, kinds, keep_weights)
+        chosen, left_out = _within(budget - _metadata_bytes(analysis), outline, kinds, keep_weights)
         if left_out and measurement is not None:
             measurement = auto.measure_again(model, analysis, {site: kinds[site] for site in chosen}, max_kld)
 
@@ -239,6 +239,12 @@ def _budget(max_growth: str | float, source_bytes: int) -> float:
     if not math.isfinite(value):
         raise FirstLayerError(f"{text} is no growth; give one like 5%, or a number of bytes")
     return value / 100 * source_bytes if text.endswith("%") else value
+
+
+def _metadata_bytes(analysis: Analysis) -> int:
+    """No less than the keys of a converted file take."""
+    sites = sum(len(site.recipe) + len(site.name) + 256 for site in analysis.sites)
+    return sites + sum(len(name) + 128 for name in analysis.elidable) + 4096
 
 
 def _check_growth(outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, confirm: Callable[[str], None]) -> None:

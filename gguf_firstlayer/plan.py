@@ -20,9 +20,14 @@ from gguf_firstlayer.source import Source, without_data
 from gguf_firstlayer.text import size_text, to_json
 
 BATCHES = (1, 16, 256, 1024)
+MAX_NUMBER = 10_000_000
+MAX_DIGITS = len(str(MAX_NUMBER))
 
-# types of which the plan tells the size of the tables
+# types of which people are told the size of the tables
 SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
+
+# of sites, of which all combinations are tried to fit a budget: the ones that read most
+MAX_GROUPS = 12
 
 PAGE = 4096
 # "typical text": of so many tokens
@@ -158,10 +163,10 @@ class Plan:
         bytes_eliminated: as stored
         values_stored: values of the tables, minus those of lookup tables that are not needed any more
         reads: by batch size
-        table_bytes: size of the tables, by type
+        table_bytes: size of the tables, by type; where its blocks do not fit, of the type taken instead
         file_change: of the file
         resident_change: of memory that is touched, with the rows that a text of TEXT_TOKENS tokens reads
-        accelerator_change: of the memory of a device that holds all layers
+        accelerator_change: of the memory of a device that holds all layers: lookup tables stay on the host
         decode_bytes_without, decode_bytes_with: of all weights, read for one token
         decode_bound: their ratio, which the speed-up of decoding cannot exceed if it is bound by reading weights
         prefill_bound: ratio of the multiplications in products with weights, in a batch of several hundred tokens
@@ -276,11 +281,14 @@ def of_file(path: Path) -> Outline:
 
 def _read(path: Path) -> Outline:
     with without_data(path) as whole:
-        source = Source(whole)
-        if source.get_field(tab.KEY_VERSION) is not None:
-            raise FirstLayerError(f"{path} is already converted; plan with the original model")
-        with Analysis(whole, load_vocab=False) as analysis:
-            return of_model(source, analysis)
+        try:
+            source = Source(whole)
+            if source.get_field(tab.KEY_VERSION) is not None:
+                raise FirstLayerError(f"{path} is already converted; plan with the original model")
+            with Analysis(whole, load_vocab=False) as analysis:
+                return of_model(source, analysis)
+        except FirstLayerError as err:
+            raise FirstLayerError(str(err).replace(str(whole.parent), str(path.parent))) from err
 
 
 def plan(
@@ -298,8 +306,8 @@ def plan(
         FirstLayerError: as `of_file`; the type is unknown, or a batch size is not positive.
     """
     shape = model if isinstance(model, Outline) else of_file(Path(model))
-    if min(batches) < 1:
-        raise FirstLayerError("a batch has one token at least")
+    if not all(1 <= size <= MAX_NUMBER for size in batches):
+        raise FirstLayerError(f"a batch has between 1 and {MAX_NUMBER} tokens")
     wanted = table_type(type)
     return make(shape, {site: tab.fitting(wanted, site.width) for site in shape.sites}, batches, keep_weights)
 
@@ -372,12 +380,12 @@ def make(
         values_stored=table_values * outline.n_vocab
         - sum(outline.weights[name].values for name in elided if name in lookup_tables),
         reads=reads if sites else [],
-        table_bytes={name: _table_bytes(outline, sites, tab.TYPES[name]) for name in SHOWN if sites},
+        table_bytes={name: _table_bytes(outline, sites, kind) for name, kind in tab.TYPES.items() if sites},
         file_change=table_bytes - bytes_eliminated,
         # of lookup tables, only rows were in memory
         resident_change=round(_touched(tables))
         - sum(outline.weights[name].bytes for name in elided if name not in lookup_tables),
-        accelerator_change=-sum(outline.weights[name].bytes for name in elided if name.startswith("blk.")),
+        accelerator_change=-sum(outline.weights[name].bytes for name in elided if name not in lookup_tables),
         decode_bytes_without=decode,
         decode_bytes_with=decode_with,
         decode_bound=decode / decode_with if sites else 1.0,
@@ -425,39 +433,36 @@ def distinct_tokens(n_tokens: int, n_vocab: int) -> float:
 def select(
     outline: Outline, kinds: Mapping[Site, GGMLQuantizationType], budget: float, keep_weights: bool
 ) -> tuple[list[Site], list[SitePlan]]:
-    """The sites that are worth their place if the file may grow by so many bytes.
+    """The sites that save most bytes per token while the file grows by no more than a number of bytes.
 
-    All of them if they fit; otherwise the ones that save most bytes per token for each byte that the file grows, as long as
-    they fit.
+    A weight is only saved if all sites that are computed from it come from tables, so such groups of sites are taken or left.
+    Of those that save most, the ones that need the least space.
 
     Returns:
         The sites, and the prices of those that were left out.
     """
 
     def growth(sites: Sequence[Site]) -> int:
-        return make(outline, {site: kinds[site] for site in sites}, (1,), keep_weights).file_change
+        tables, _ = tab.layout(sites, kinds, outline.n_vocab)
+        elided = [] if keep_weights else outline.elided(sites)
+        return sum(table.bytes for table in tables) - sum(outline.weights[name].bytes for name in elided)
+
+    def saved(sites: Sequence[Site]) -> float:
+        tables, _ = tab.layout(sites, kinds, outline.n_vocab)
+        return sum(map(outline.bytes_read, outline.replaced(sites))) - sum(table.row_bytes for table in tables)
 
     if growth(outline.sites) <= budget:
         return list(outline.sites), []
 
-    chosen: list[Site] = []
-    rest = list(outline.sites)
-    while True:
-        fits = [site for site in rest if growth([*chosen, site]) <= budget]
-        if not fits:
-            break
-
-        def worth(site: Site) -> float:
-            grown = growth([*chosen, site]) - growth(chosen)
-            saved = price(outline, chosen, site, kinds[site]).bytes_saved
-            return saved / grown if grown > 0 else math.inf
-
-        best = max(fits, key=worth)
-        if price(outline, chosen, best, kinds[best]).bytes_saved <= 0:
-            break
-        chosen.append(best)
-        rest.remove(best)
-    return [site for site in outline.sites if site in chosen], [price(outline, chosen, site, kinds[site]) for site in rest]
+    gone = sorted((use for use in outline.uses if use.replaced and not use.is_lookup), key=outline.bytes_read, reverse=True)
+    groups = list(dict.fromkeys(frozenset(site for site in outline.sites if use.weight in site.weights) for use in gone))
+    unions = {frozenset[Site]()}
+    for group in groups[:MAX_GROUPS]:
+        unions |= {union | group for union in unions}
+    candidates = [[site for site in outline.sites if site in union] for union in unions]
+    fitting = [sites for sites in candidates if not sites or growth(sites) <= budget]
+    chosen = max(fitting, key=lambda sites: (saved(sites), -growth(sites), [site.name for site in sites]))
+    return chosen, [price(outline, chosen, site, kinds[site]) for site in outline.sites if site not in chosen]
 
 
 def describe_price(site: SitePlan) -> str:
@@ -491,7 +496,7 @@ def text(result: Plan) -> str:
             f"{row.batch:>14,} {row.values_without:>16,} {row.values_with:>14,} {row.reduction:>9,.0f}x"
             f" {size_text(row.bytes_without):>14} {size_text(row.bytes_with):>10}"
         )
-    sizes = ", ".join(f"{name} {size_text(size)}" for name, size in result.table_bytes.items())
+    sizes = ", ".join(f"{name} {size_text(result.table_bytes[name])}" for name in SHOWN)
     chosen = ", ".join(dict.fromkeys(site.type.name.lower() for site in result.sites))
     lines += [
         "",
@@ -522,13 +527,15 @@ def parse_shape(value: str) -> Shape:
     given: dict[str, int] = {}
     for item in value.split(","):
         key, _, number = item.strip().partition("=")
-        if key not in fields or not (number.isdecimal() or (key == "parallel" and not number)):
+        if key not in fields or not (number.isdecimal() or (key == "parallel" and not number)) or len(number) > MAX_DIGITS:
             raise FirstLayerError(f"'{item}' is no part of a shape; give {','.join(f'{name}=N' for name in fields)}")
         given[key] = int(number or 1)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and not given.get(name)]
     if missing:
         raise FirstLayerError(f"the shape lacks {', '.join(missing)}")
     shape = Shape(**(given | {"parallel": bool(given.get("parallel"))}))  # type: ignore[arg-type]
+    if shape.block_count > 10_000:
+        raise FirstLayerError(f"{shape.block_count} layers are more than any model has")
     if shape.embedding_length % shape.head_count or shape.feed_forward_matrices not in (2, 3) or shape.expert_count < 1:
         raise FirstLayerError("the heads do not divide the embedding, or the FFN has not 2 or 3 matrices and an expert")
     return shape
@@ -549,10 +556,10 @@ def main(args: argparse.Namespace) -> int:
     """Run `plan` from the command line."""
     if (args.path is None) == (args.shape is None):
         raise FirstLayerError("give a file, or a --shape")
-    if not all(size.isdecimal() for size in args.batch.split(",")):
+    if not all(size.isdecimal() and len(size) <= MAX_DIGITS for size in args.batch.split(",")):
         raise FirstLayerError(f"'{args.batch}' is no list of batch sizes like 1,16")
     batches = [int(size) for size in args.batch.split(",")]
-    model = parse_shape(args.shape).outline() if args.shape else args.path
+    model = parse_shape(args.shape).outline() if args.path is None else args.path
     result = plan(model, type=args.type, batches=batches)
     print(to_json(result) if args.json else text(result))
     return 0

@@ -87,17 +87,19 @@ def without_data(path: Path) -> Iterator[Path]:
         FirstLayerError: a part is missing, or has no sound header.
     """
     match = Source.PART.fullmatch(path.name)
-    names = [f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf" for i in range(int(match[3]))] if match else [path.name]
-    parts = [path.with_name(name) for name in names]
-    extents = [_validate(part) for part in parts]
-    if all(part.stat().st_size >= extent.file for part, extent in zip(parts, extents, strict=True)):
+    others = [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(int(match[3]))] if match else []
+    extents = {part: _validate(part) for part in [path, *others] if part == path or part.exists()}
+    if all(part.stat().st_size >= extent.file for part, extent in extents.items()):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        for part, extent in zip(parts, extents, strict=True):
-            with part.open("rb") as source, (Path(folder) / part.name).open("wb") as copy:
-                copy.write(source.read(extent.header))
-                copy.truncate(extent.file)
+        for part, extent in extents.items():
+            try:
+                with part.open("rb") as source, (Path(folder) / part.name).open("wb") as copy:
+                    copy.write(source.read(extent.header))
+                    copy.truncate(extent.file)
+            except (OSError, OverflowError) as err:
+                raise FirstLayerError(f"{part} tells of {extent.file} bytes, of which no file can be made: {err}") from err
         yield Path(folder) / path.name
 
 

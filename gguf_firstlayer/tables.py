@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gguf
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType, ReaderField
 
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Site
@@ -108,10 +108,11 @@ class Measurement:
 
     Attributes:
         tokens: of the text
-        max_kld: bound on `kld_tables`
+        max_kld: bound on `kld_tables` and its error together
         kld: mean KL divergence over the tokens, in nats
         kld_floor: the same if the first layer only changes in its last bits
-        kld_tables: part of the tables in it: the rise over the floor, measured with errors enlarged
+        kld_tables: part of the tables in it: the rise over the floor, measured with errors enlarged; noise may make it negative
+        kld_tables_error: its standard error over the tokens
         top1: share of the tokens for which the most probable next one is the same
         perplexity_source, perplexity: of the text, without and with tables
     """
@@ -121,6 +122,7 @@ class Measurement:
     kld: float
     kld_floor: float
     kld_tables: float
+    kld_tables_error: float
     top1: float
     perplexity_source: float
     perplexity: float
@@ -211,8 +213,13 @@ def metadata(
 
 def read_measurement(source: Source) -> Measurement | None:
     """What the types of a converted file's tables were chosen by, None if they were not measured."""
-    fields = [source.get_field(f"firstlayer.measured.{field.name}") for field in dataclasses.fields(Measurement)]
-    return Measurement(*(field.contents() for field in fields if field)) if all(fields) else None
+    values = [_number(source.get_field(f"firstlayer.measured.{field.name}")) for field in dataclasses.fields(Measurement)]
+    return Measurement(*values) if None not in values else None  # type: ignore[arg-type]
+
+
+def _number(field: ReaderField | None) -> int | float | None:
+    value = field.contents() if field else None
+    return value if isinstance(value, int | float) else None
 
 
 def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:

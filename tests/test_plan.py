@@ -17,7 +17,7 @@ from conftest import ROOT, cli, compare, convert, refusal
 
 import gguf_firstlayer
 from gguf_firstlayer import FirstLayerError, Shape, plan
-from gguf_firstlayer.plan import make, of_file, price, select, table_type
+from gguf_firstlayer.plan import make, of_file, select, table_type
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source
 
@@ -146,24 +146,37 @@ def test_typical_text_touches_part_of_the_tables(smollm):
     assert 2000 * 1020 < grown < result.table_bytes["q8_0"] / 4
 
 
-@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "arctic-moe"])
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "arctic-moe", "mamba2-dense", "lfm2-dense", "falcon-h1-dense"])
 def test_selection(name, archs):
-    """Under every budget, what is chosen fits, and what is left out does not fit beside it, or saves nothing."""
+    """Under every budget, no other sites that fit save more: sites that share a matrix are taken together, or left."""
     outline = of_file(archs / f"{name}.gguf")
     kinds = dict.fromkeys(outline.sites, table_type("f32"))
-    full = plan(outline, type="f32").file_change
-    growths = set()
-    for share in (-2, -1, 0, 0.3, 0.6, 1, 2):
-        budget = abs(full) * share
+
+    def told(sites):
+        result = make(outline, {site: kinds[site] for site in sites}, (1,))
+        return result.file_change, result.decode_bytes_without - result.decode_bytes_with
+
+    subsets = [[s for i, s in enumerate(outline.sites) if bits >> i & 1] for bits in range(2 ** len(outline.sites))]
+    prices = [told(sites) for sites in subsets]
+    for budget in np.linspace(min(growth for growth, _ in prices), max(growth for growth, _ in prices), 7):
         chosen, left_out = select(outline, kinds, budget, keep_weights=False)
-        growth = make(outline, {site: kinds[site] for site in chosen}).file_change
-        growths.add(growth)
+        growth, saved = told(chosen)
+        if chosen == list(outline.sites):
+            assert growth <= budget
+            continue
         assert growth <= budget or not chosen
-        for site in set(outline.sites) - set(chosen):
-            beside = make(outline, {other: kinds[other] for other in [*chosen, site]}).file_change
-            assert beside > budget or price(outline, chosen, site, kinds[site]).bytes_saved <= 0
+        assert saved >= max((saving for size, saving in prices if size <= budget), default=0) - 1e-6
         assert {site.name for site in chosen} | {site.name for site in left_out} == {site.name for site in outline.sites}
-    assert len(growths) > 1
+
+
+def test_a_budget_in_bytes_is_kept(archs, tmp_path):
+    """Keys count, too."""
+    source = archs / "falcon-dense.gguf"
+    told = plan(source, type="q8_0")
+    for slack in (0, 1000, 10_000):
+        growth = told.file_change + slack
+        done = convert(source, tmp_path / "x.gguf", max_growth=growth, force=True)
+        assert done.output_bytes - done.source_bytes <= growth
 
 
 def test_max_growth(smollm, tmp_path):
@@ -221,10 +234,30 @@ def test_refusals(smollm, smollm_flp, llama, tmp_path):
     assert "'width=3' is no part of a shape" in refusal(cli("plan", "--shape", "vocab_size=1,width=3"))
     assert "unknown table type" in refusal(cli("plan", smollm, "--type", "q9"))
     assert "no list of batch sizes" in refusal(cli("plan", smollm, "--batch", "1,x"))
-    assert "one token at least" in refusal(cli("plan", smollm, "--batch", "0"))
+    assert "a batch has between" in refusal(cli("plan", smollm, "--batch", "0"))
+    assert "no list of batch sizes" in refusal(cli("plan", smollm, "--batch", "9" * 400))
+    assert "is no part of a shape" in refusal(cli("plan", "--shape", f"vocab_size={'9' * 400}"))
+    assert "is no part of a shape" in refusal(cli("plan", "--shape", ""))
+    shape = "vocab_size=9,embedding_length=8,block_count=9999999,head_count=2,head_count_kv=2,feed_forward_length=8"
+    assert "more than any model has" in refusal(cli("plan", "--shape", shape))
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(llama.read_bytes()[:1000])
     assert "malformed or truncated" in refusal(cli("plan", cut))
+
+
+def test_headers_that_lie(headers, tmp_path):
+    """Of sizes that no file can have, or as a part of a split model whose others are missing."""
+    header = headers["smollm2-135m"].read_bytes()
+    name = b"blk.29.ffn_down.weight"
+    at = header.index(name) + len(name) + 4
+    huge = tmp_path / "huge.gguf"
+    huge.write_bytes(header[:at] + (1 << 40).to_bytes(8, "little") + header[at + 8 :])
+    message = refusal(cli("plan", huge))
+    assert str(huge) in message
+    alone = tmp_path / "x-00002-of-00003.gguf"
+    alone.write_bytes(header)
+    assert "135" not in refusal(cli("plan", tmp_path / "x-00001-of-00003.gguf"))
+    assert cli("plan", alone).returncode == 0  # it only is named like a part
 
 
 def test_the_vocabulary_makes_no_difference(smollm):

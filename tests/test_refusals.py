@@ -158,7 +158,19 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
     """Killed at random moments: the source is intact, the destination absent or whole."""
     before, whole = digest(smollm), digest(smollm_flp["q8_0"])
     output, rng = tmp_path / "x.gguf", random.Random(int(sent))
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--force", "--yes"]
+    command = [
+        sys.executable,
+        "-m",
+        "gguf_firstlayer",
+        "convert",
+        str(smollm),
+        "-o",
+        str(output),
+        "--force",
+        "--yes",
+        "--type",
+        "q8_0",
+    ]
     cut_short = 0
     for _ in range(6):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -172,6 +184,16 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
             assert {path.name for path in tmp_path.iterdir()} <= {"x.gguf"}
     assert cut_short > 0
     assert digest(smollm) == before
+
+
+def test_interrupted_while_measuring(smollm, tmp_path):
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(tmp_path / "x.gguf"), "--yes"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (1, "gguf-firstlayer: interrupted, nothing was written\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_bar_only_on_a_terminal(llama, tmp_path):

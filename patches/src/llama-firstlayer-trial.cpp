@@ -37,8 +37,7 @@ struct llama_firstlayer_trial {
 llama_firstlayer_trial::llama_firstlayer_trial(const char *                      path_model,
                                                const llama_firstlayer_analysis * an,
                                                int32_t                           n_ctx,
-                                               int32_t                           n_batch) :
-    batch(llama_batch_init(n_batch, 0, 1)) {
+                                               int32_t                           n_batch) {
     static ggml_backend_dev_t devices[] = { nullptr };
 
     llama_model_params params = llama_model_default_params();
@@ -99,9 +98,13 @@ llama_firstlayer_trial::llama_firstlayer_trial(const char *                     
     if (!ctx->get_gf_res_reserve()->get_logits()) {
         throw std::runtime_error("the model has no next-token distribution");
     }
+    batch = llama_batch_init(n_batch, 0, 1);  // after all that throws
 }
 
 const float * llama_firstlayer_trial::decode(const llama_token * tokens, int32_t n_tokens, llama_pos first) {
+    if (n_tokens < 1 || n_tokens > (int32_t) llama_n_batch(ctx.get())) {
+        throw std::runtime_error(format("%d tokens are no batch of up to %d", n_tokens, llama_n_batch(ctx.get())));
+    }
     if (first == 0) {
         llama_memory_clear(llama_get_memory(ctx.get()), true);
     }
