@@ -124,7 +124,6 @@ def test_no_permission(llama, tmp_path):
 
 def test_types(llama, tmp_path):
     assert "unknown table type" in refusal(cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "q9_9"))
-    assert "importance matrix" in refusal(cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "iq1_s"))
 
 
 def test_disk_is_checked_before_computing(llama, tmp_path, monkeypatch):
