@@ -14,6 +14,8 @@ import gains
 import numpy as np
 import pytest
 from conftest import ROOT, cli, compare, convert, refusal
+from gguf import GGUFReader
+from test_files import split
 
 import gguf_firstlayer
 from gguf_firstlayer import FirstLayerError, Shape, plan
@@ -243,6 +245,18 @@ def test_refusals(smollm, smollm_flp, llama, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(llama.read_bytes()[:1000])
     assert "malformed or truncated" in refusal(cli("plan", cut))
+
+
+def test_headers_of_a_split_model(llama, tmp_path):
+    """Of no part need there be more than the header."""
+    parts = split(llama, tmp_path / "part")
+    for part in parts:
+        os.truncate(part, GGUFReader(part).data_offset)
+    whole, headers = plan(llama), plan(parts[0])
+    assert headers.decode_bytes_with == whole.decode_bytes_with
+    assert headers.file_change == whole.file_change
+    parts[1].unlink()
+    assert str(parts[1]) in refusal(cli("plan", parts[0]))
 
 
 def test_headers_that_lie(headers, tmp_path):
