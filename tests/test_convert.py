@@ -14,7 +14,7 @@ from gguf import GGUFReader
 
 from gguf_firstlayer import FirstLayerError, inspect, paths
 from gguf_firstlayer.runtime import Analysis, library
-from gguf_firstlayer.tables import layout
+from gguf_firstlayer.tables import fitting, layout
 
 
 def raw(reader: GGUFReader) -> dict[str, bytes]:
@@ -52,7 +52,7 @@ def test_everything_else_is_copied(keep_weights, smollm, tmp_path):
 def test_default_output_and_json(llama, tmp_path):
     source = tmp_path / "some.model.gguf"
     source.write_bytes(llama.read_bytes())
-    done = cli("convert", source, "--json")
+    done = cli("convert", source, "--type", "q8_0", "--json")
     report = json.loads(done.stdout)
     assert Path(report["output"]) == tmp_path / "some.model-flp.gguf"
     assert report["tables"][0]["type"] == "q8_0"
@@ -88,7 +88,7 @@ def test_table_types(kind, smollm, tmp_path):
         error = np.abs(stored - rows[site.name]).max() / np.abs(rows[site.name]).max()
         assert error < {"f32": 1e-30, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2, "q6_k": 5e-2, "q4_0": 2e-1}[kind]
     if kind == "q6_k":  # blocks of 256 fit no projection of this model
-        assert {table.type.name for table in result.tables} == {"F16"}
+        assert {table.type.name for table in result.tables} == {"Q8_0"}
 
 
 def test_rows_do_not_depend_on_their_batch(smollm):
@@ -102,7 +102,8 @@ def test_rows_do_not_depend_on_their_batch(smollm):
 def test_blocks_do_not_mix_sites(archs):
     """Sites whose width is no multiple of the block get a table of their own."""
     with Analysis(archs / "falcon-h1-dense.gguf") as analysis:
-        tables, placed = layout(analysis.sites, gguf.GGMLQuantizationType.Q8_0, analysis.n_vocab)
+        kinds = {site: fitting(gguf.GGMLQuantizationType.Q8_0, site.width) for site in analysis.sites}
+        tables, placed = layout(analysis.sites, kinds, analysis.n_vocab)
     assert [(table.type.name, table.width) for table in tables] == [("Q8_0", 2304), ("F16", 4)]
     assert [(site.width, number, column) for site, number, column in placed][-2:] == [(512, 0, 1792), (2, 1, 0)]
 
@@ -141,7 +142,8 @@ def test_a_file_that_would_not_load_is_not_written(llama, tmp_path, monkeypatch)
 def test_sites_are_aligned(archs):
     """Kernels read rows in vectors of four floats, so each site begins at a multiple of 16 bytes."""
     with Analysis(archs / "qwen35-dense.gguf") as analysis:
-        tables, placed = layout(analysis.sites, gguf.GGMLQuantizationType.F32, analysis.n_vocab)
+        kinds = dict.fromkeys(analysis.sites, gguf.GGMLQuantizationType.F32)
+        tables, placed = layout(analysis.sites, kinds, analysis.n_vocab)
         assert [site.width for site in analysis.sites] == [768, 2, 2, 256]
     assert [column for _, _, column in placed] == [0, 768, 772, 776]
     assert tables[0].width == 1032
