@@ -126,7 +126,7 @@ def convert(
         type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest that
             do. "auto" measures, and takes the smallest types whose effect cannot be told from none
         max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
-        max_growth: of the file, as "5%" or in bytes: tables that save most per byte are taken, as far as they fit
+        max_growth: of the file, as "5%" or in bytes: the sites that together save most per token and fit are taken
         keep_weights: also keep the weights that the tables make superfluous, for LoRA on layer 0 and for batches of
             embeddings (images, audio)
         split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"

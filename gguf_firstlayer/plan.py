@@ -29,6 +29,9 @@ SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
 # of sites, of which all combinations are tried to fit a budget: the ones that read most
 MAX_GROUPS = 12
 
+# a file that grows by more is not written without being asked for
+GROWTH_ASKED = 0.25
+
 PAGE = 4096
 # "typical text": of so many tokens
 TEXT_TOKENS = 16384
@@ -511,10 +514,6 @@ def text(result: Plan) -> str:
     if result.file_change > GROWTH_ASKED * result.file_bytes:
         lines.append(f"The file would grow by more than {GROWTH_ASKED:.0%}: convert will want --max-growth, or --yes.")
     return "\n".join(lines)
-
-
-# a file that grows by more is not written without being asked for
-GROWTH_ASKED = 0.25
 
 
 def parse_shape(value: str) -> Shape:
