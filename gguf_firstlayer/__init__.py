@@ -1,11 +1,27 @@
 """First-layer precompute for GGUF models (arXiv 2402.13388): tables instead of layer 0's first matrix products."""
 
+from gguf_firstlayer.bench import Bench, bench
 from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.plan import Plan, Shape, plan
+from gguf_firstlayer.verify import Verification, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["Conversion", "FirstLayerError", "Inspection", "Plan", "Shape", "convert", "inspect", "paths", "plan"]
+__all__ = [
+    "Bench",
+    "Conversion",
+    "FirstLayerError",
+    "Inspection",
+    "Plan",
+    "Shape",
+    "Verification",
+    "bench",
+    "convert",
+    "inspect",
+    "paths",
+    "plan",
+    "verify",
+]

@@ -56,6 +56,19 @@ class _Outcome:
         return max(0.0, float(self.klds.mean()))  # rounding may leave less than nothing
 
 
+def log_softmax(logits: Rows) -> Rows:
+    """Logarithms of the probabilities that logits stand for, F32 [n, vocabulary]."""
+    shifted: Rows = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def kl_divergence(p: Rows, q: Rows) -> npt.NDArray[np.float64]:
+    """KL divergence of each row of q from p in nats, both logarithms of probabilities, F32 [n, vocabulary]."""
+    divergence: npt.NDArray[np.float64] = np.einsum("ij,ij->i", np.exp(p), p - q, dtype=np.float64)
+    return divergence
+
+
 def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
     """Rows F32 [n, width] as a table of some type would give them back.
 
@@ -137,15 +150,15 @@ class Effects:
         same, losses = [], []
         next_tokens = np.append(self.tokens[1:], -1)
         done = 0
+        self._trial.keep(0)
         for logits in self._trial.decode(self.tokens):
-            p = logits - logits.max(axis=1, keepdims=True)
-            p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+            p = log_softmax(logits)
             if is_first:
                 if not np.isfinite(p).all():
                     raise FirstLayerError("the model cannot be measured: its output is not finite")
                 self._reference.append(p)
             reference = self._reference[len(klds)]
-            klds.append(np.einsum("ij,ij->i", np.exp(reference), reference - p, dtype=np.float64))
+            klds.append(kl_divergence(reference, p))
             same.append(p.argmax(axis=1) == reference.argmax(axis=1))
             following = next_tokens[done : done + len(p)]
             done += len(p)

@@ -396,6 +396,15 @@ def make(
     )
 
 
+def bound(outline: Outline, kinds: Mapping[Site, GGMLQuantizationType], batch: int) -> float:
+    """What the speed-up of a batch cannot exceed, whether it is bound by reading weights or by multiplying."""
+    result = make(outline, kinds, [batch])
+    n_bytes = sum(outline.bytes_read(use, batch) for use in outline.uses)
+    reads = result.reads[0] if result.reads else None
+    by_bytes = n_bytes / (n_bytes - reads.bytes_without + reads.bytes_with) if reads else 1.0
+    return by_bytes if batch == 1 else max(by_bytes, result.prefill_bound)
+
+
 def price(outline: Outline, sites: Sequence[Site], site: Site, kind: GGMLQuantizationType) -> SitePlan:
     """What one more site costs and saves if others come from tables already."""
     together = [*sites, site]

@@ -26,6 +26,7 @@ from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.paths import paths
 
 T = TypeVar("T")
+Self = TypeVar("Self", bound="Run")
 
 _LOG_LEVEL_ERROR = 4
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -165,10 +166,13 @@ class Library:
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
-            "llama_firstlayer_trial_open": (handle, [text, handle, i32, i32]),
-            "llama_firstlayer_trial_close": (None, [handle]),
-            "llama_firstlayer_trial_rows": (floats, [handle]),
-            "llama_firstlayer_trial_decode": (floats, [handle, handle, i32, i32]),
+            "llama_firstlayer_run_open": (handle, [text, i32, i32, i32, flag, handle]),
+            "llama_firstlayer_run_close": (None, [handle]),
+            "llama_firstlayer_run_n_vocab": (i32, [handle]),
+            "llama_firstlayer_run_rows": (floats, [handle]),
+            "llama_firstlayer_run_decode": (floats, [handle, handle, i32]),
+            "llama_firstlayer_run_time": (i64, [handle, handle, i32, i32]),
+            "llama_firstlayer_run_keep": (flag, [handle, i32]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.llama, name)
@@ -367,64 +371,109 @@ class Analysis:
         self.close()
 
 
-class Trial:
-    """A model with its weights whose sites come from rows in memory (`llama_firstlayer_trial_open`). A context manager.
+class Run:
+    """A model with its weights that decodes one text (`llama_firstlayer_run_open`). A context manager.
 
-    It shows what tables would do to the output.
+    Args:
+        path: of the model
+        n_ctx: tokens of the text
+        n_batch: most tokens that are decoded at once
+        n_threads: 0 for all
+        constants: of a converted model: there are no lookups, the sites come from constants, and the output is wrong
+
+    Raises:
+        FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        n_ctx: int,
+        n_batch: int = 128,
+        n_threads: int = 0,
+        constants: bool = False,
+        _rows_of: Analysis | None = None,
+    ) -> None:
+        self._library, self.path, self.n_batch = library(), path, n_batch
+        self._library.errors.clear()
+        analysis = _rows_of.handle if _rows_of else None
+        with _undisturbed():
+            self.handle = self._library.llama.llama_firstlayer_run_open(
+                os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
+            )
+        if not self.handle:
+            raise FirstLayerError(f"{path}: {self._library.error()}")
+        self.n_vocab: int = self._library.llama.llama_firstlayer_run_n_vocab(self.handle)
+
+    def decode(self, tokens: npt.ArrayLike, n_batch: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits of the tokens that come next, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        size = n_batch or self.n_batch
+        for first in range(0, len(ids), size):
+            batch = ids[first : first + size]
+            with _undisturbed():
+                logits = self._library.llama.llama_firstlayer_run_decode(self.handle, batch.ctypes.data, len(batch))
+            if not logits:
+                raise FirstLayerError(f"{self.path}: {self._library.error()}")
+            yield np.ctypeslib.as_array(logits, (len(batch), self.n_vocab))
+
+    def time(self, tokens: npt.ArrayLike, n_batch: int) -> float:
+        """Seconds that the tokens that come next take, in batches of which the last token's logits are wanted.
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        with _undisturbed():
+            elapsed = self._library.llama.llama_firstlayer_run_time(self.handle, ids.ctypes.data, len(ids), n_batch)
+        if elapsed < 0:
+            raise FirstLayerError(f"{self.path}: {self._library.error()}")
+        return float(elapsed) / 1e6
+
+    def keep(self, n: int) -> bool:
+        """Forget all but the first n tokens; false if this kind of model cannot forget a part, like those with a state."""
+        return bool(self._library.llama.llama_firstlayer_run_keep(self.handle, n))
+
+    def close(self) -> None:
+        """Free the model; the object must not be used any more."""
+        if self.handle:
+            with _undisturbed():
+                self._library.llama.llama_firstlayer_run_close(self.handle)
+            self.handle = None
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Trial(Run):
+    """A `Run` of a source on the CPU whose sites come from rows in memory. It shows what tables would do to the output.
 
     Args:
         path: of the model
         analysis: of the same model
         n_ctx: tokens of a text
-        n_batch: tokens that are decoded at once
 
     Attributes:
         rows: F32 [vocabulary, columns], where each site begins at a multiple of `tables.ALIGNMENT` columns. Rows must be set
             before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
 
     Raises:
-        FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
+        FirstLayerError: as `Run`.
     """
 
-    def __init__(self, path: Path, analysis: Analysis, n_ctx: int, n_batch: int = 128) -> None:
-        self._library, self._n_batch, self._n_vocab = library(), n_batch, analysis.n_vocab
-        self._library.errors.clear()
-        with _undisturbed():
-            self.handle = self._library.llama.llama_firstlayer_trial_open(os.fsencode(path), analysis.handle, n_ctx, n_batch)
-        if not self.handle:
-            raise FirstLayerError(f"{path}: {self._library.error()}")
+    def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:
+        super().__init__(path, n_ctx, _rows_of=analysis)
         columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
         self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
-            self._library.llama.llama_firstlayer_trial_rows(self.handle), (analysis.n_vocab, columns)
+            self._library.llama.llama_firstlayer_run_rows(self.handle), (self.n_vocab, columns)
         )
-
-    def decode(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
-        """Logits of the tokens of a text, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
-
-        Raises:
-            FirstLayerError: llama.cpp cannot decode, or the model has no logits.
-        """
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        for first in range(0, len(tokens), self._n_batch):
-            batch = tokens[first : first + self._n_batch]
-            with _undisturbed():
-                logits = self._library.llama.llama_firstlayer_trial_decode(self.handle, batch.ctypes.data, len(batch), first)
-            if not logits:
-                raise FirstLayerError(f"the model cannot be measured: {self._library.error()}")
-            yield np.ctypeslib.as_array(logits, (len(batch), self._n_vocab))
-
-    def close(self) -> None:
-        """Free the model; the object and its rows must not be used any more."""
-        if self.handle:
-            with _undisturbed():
-                self._library.llama.llama_firstlayer_trial_close(self.handle)
-            self.handle = None
-
-    def __enter__(self) -> Trial:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def analyse(path: Path) -> Analysis:

@@ -164,6 +164,12 @@ class Source:
         tensor = self.tensors[name]
         return self._part_of[name].data[tensor.data_offset : tensor.data_offset + tensor.n_bytes].data
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """The file of a tensor, its offset in it, and its size in bytes."""
+        tensor = self.tensors[name]
+        path = next(path for path, part in zip(self.paths, self.parts, strict=True) if part is self._part_of[name])
+        return path, int(tensor.data_offset), int(tensor.n_bytes)
+
     def keys(self) -> tuple[int, bytes]:
         """The keys of the model as (number, bytes in the file), without those of a split file (`split.*`)."""
         fields = [field for name, field in self.parts[0].fields.items() if not name.startswith(("GGUF.", "split."))]

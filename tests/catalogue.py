@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import gguf
@@ -22,6 +21,7 @@ import llama_cpp
 import numpy as np
 from random_models import InitParams, Shape, Value, add_keys, fuse, ggml, name_and_shape
 
+from gguf_firstlayer.runtime import library
 from gguf_firstlayer.tables import fitting
 
 Keys = dict[str, Value]
@@ -150,11 +150,9 @@ def _wanted(entry: Entry, tensor: str) -> bool:
     return not entry.without or re.search(entry.without, tensor) is None
 
 
-@cache
-def _tensors(name: str) -> dict[str, Shape]:
-    entry = CATALOGUE[name]
+def _tensors(entry: Entry) -> dict[str, Shape]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.gguf"
+        path = Path(folder) / f"{entry.name}.gguf"
         _write(path, entry, {}, gguf.GGMLQuantizationType.F16)
         created = _created(path)
     shapes: dict[str, Shape] = {}
@@ -173,9 +171,14 @@ def _tensors(name: str) -> dict[str, Shape]:
     return fuse(shapes) if entry.arch in FUSED else shapes
 
 
+_known: dict[str, dict[str, Shape]] = {}
+
+
 def tensors(entry: Entry) -> dict[str, Shape]:
     """The tensors of a model by their names in GGUF files; the shapes are in numpy's order."""
-    return dict(_tensors(entry.name))
+    if entry.name not in _known:
+        _known[entry.name] = _tensors(entry)
+    return dict(_known[entry.name])
 
 
 def write_header(entry: Entry, path: Path, kind: gguf.GGMLQuantizationType) -> int:
@@ -190,6 +193,34 @@ def write_header(entry: Entry, path: Path, kind: gguf.GGMLQuantizationType) -> i
         The size in bytes of the whole file.
     """
     return _write(path, entry, tensors(entry), kind)
+
+
+def write_model(entry: Entry, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Write a model with random weights: nonsense, but as fast as the real one.
+
+    Matrices repeat a million normal values, so that models of some gigabytes are written in seconds.
+    """
+    n_bytes = write_header(entry, path, kind)
+    rng = np.random.default_rng(0)
+    shapes, data = tensors(entry), dict[gguf.GGMLQuantizationType, bytes]()
+    with path.open("r+b") as file:
+        file.seek(0, 2)
+        for tensor, shape in shapes.items():
+            stored = storage(tensor, shape, kind)
+            if len(shape) == 1:
+                values = np.full(shape, 1.0 if tensor.endswith("norm.weight") else 0.0, np.float32).tobytes()
+            else:
+                if stored not in data:
+                    sample = rng.normal(0, 0.02, (4096, 256)).astype(np.float32)
+                    data[stored] = library().quantize(sample, stored).tobytes()
+                block, size = gguf.GGML_QUANT_SIZES[stored]
+                length = math.prod(shape) // block * size
+                # not the same place of the sample each time, or all tensors would be the same
+                start = rng.integers(0, 4096) * (256 // block * size)
+                values = (data[stored][start:] + data[stored] * (length // len(data[stored]) + 1))[:length]
+            file.write(values)
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+    assert path.stat().st_size == n_bytes
 
 
 def count(entry: Entry) -> int:

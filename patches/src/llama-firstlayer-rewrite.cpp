@@ -200,7 +200,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         const auto it = slots.find(t);
         if (it != slots.end()) {
             ggml_tensor * rows = it->second.rows;
-            ggml_build_forward_expand(gf, rows->op == GGML_OP_GET_ROWS ? rows : rows->src[0]);
+            ggml_build_forward_expand(gf, rows->op == GGML_OP_CONT ? rows->src[0] : rows);
         } else if (get(t).kind == KIND_PURE && t->op == GGML_OP_GET_ROWS) {
             ggml_build_forward_expand(gf, t);
         }

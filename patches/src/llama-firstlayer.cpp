@@ -85,7 +85,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
         }
         const std::string suffix = std::to_string(table[i]) + ".table";
         if (table[i] == res->tables.size()) {
-            res->tables.push_back({ suffix, nullptr });
+            res->tables.push_back({ suffix, nullptr, nullptr });
         }
 
         const std::string   name = "firstlayer." + suffix;
@@ -174,12 +174,22 @@ ggml_tensor * llama_firstlayer::phantom(llama_model_loader & ml, const ggml_tens
 }
 
 void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loader & ml) {
+    // llama.cpp reads nothing below 4 GiB lazily by itself. A text touches few rows, so that would be memory for nothing
+    const llama_lazy_mode mode = ml.lazy.mode;
+    if (mode == LLAMA_LAZY_MODE_AUTO) {
+        ml.lazy.mode = LLAMA_LAZY_MODE_ON;
+    }
     for (auto & table : tables) {
         const auto          tn   = LLM_TN(model.arch)(LLM_TENSOR_FIRSTLAYER, table.suffix.c_str());
         const ggml_tensor * meta = ml.require_tensor_meta(tn.str());
 
         table.tensor = model.create_tensor(ml, tn, { meta->ne[0], meta->ne[1] }, llama_model_loader::TENSOR_READ_LAZY);
+        if (ml.lazy.has(table.tensor)) {
+            model.can_prefetch.insert(table.tensor);
+            table.fetched = std::make_unique<std::atomic<bool>[]>(meta->ne[1]);
+        }
     }
+    ml.lazy.mode = mode;
 }
 
 //
@@ -262,13 +272,90 @@ bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) c
     return false;
 }
 
+// not a tensor of the graph: it is told the tokens of every batch before they are looked up
+struct llm_graph_input_firstlayer : llm_graph_input_i {
+    explicit llm_graph_input_firstlayer(llama_firstlayer::table & table) : table(table) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        // each row once: it costs a system call, and what was read is likely to stay
+        std::vector<int32_t> rows;
+        for (uint32_t i = 0; ubatch->token && i < ubatch->n_tokens; ++i) {
+            if (!table.fetched[ubatch->token[i]].exchange(true, std::memory_order_relaxed)) {
+                rows.push_back(ubatch->token[i]);
+            }
+        }
+        llama_prefetch_rows(table.tensor, rows.data(), rows.size());
+    }
+
+    bool can_reuse(const llm_graph_params &) override { return true; }
+
+    llama_firstlayer::table & table;
+};
+
+ggml_tensor * llama_firstlayer::look_up(const llama_model &      model,
+                                        const llm_graph_params & params,
+                                        uint32_t                 i,
+                                        ggml_tensor *            tokens) {
+    if (!constants.empty()) {
+        return constants[i];
+    }
+
+    ggml_context * ctx   = params.res->get_ctx();
+    ggml_tensor *  table = tables[i].tensor;
+    ggml_tensor *  rows  = ggml_get_rows(ctx, table, tokens);
+    ggml_format_name(rows, "firstlayer.%u", i);
+    if (model.can_prefetch.count(table)) {
+        params.res->add_input(std::make_unique<llm_graph_input_firstlayer>(tables[i]));
+    }
+
+    const bool offloaded = ggml_backend_dev_type(model.dev_layer(0)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+    if (offloaded && table->buffer && ggml_backend_buffer_is_host(table->buffer)) {
+        // the scheduler would copy each view of the rows to the device on its own
+        rows = ggml_cont(ctx, rows);
+        ggml_format_name(rows, "firstlayer.%u (device)", i);
+    }
+    return rows;
+}
+
+void llama_firstlayer::use_constants(const llama_model & model, int64_t n_tokens) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ggml_tensor_overhead() * tables.size(),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
+    };
+    ctx_constants.reset(ggml_init(params));
+    for (const auto & table : tables) {
+        constants.push_back(ggml_new_tensor_2d(ctx_constants.get(), GGML_TYPE_F32, table.tensor->ne[0], n_tokens));
+    }
+    buf_constants.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_constants.get(),
+                                                                 ggml_backend_dev_buffer_type(model.dev_layer(0))));
+    if (!buf_constants) {
+        throw std::runtime_error("cannot allocate the constants");
+    }
+    ggml_backend_buffer_set_usage(buf_constants.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+
+    for (size_t i = 0; i < tables.size(); ++i) {
+        const ggml_tensor *  table    = tables[i].tensor;
+        const auto           to_float = ggml_get_type_traits(table->type)->to_float;
+        std::vector<uint8_t> row(ggml_row_size(table->type, table->ne[0]));
+        std::vector<float>   values(table->ne[0]);
+        for (int64_t j = 0; j < n_tokens; ++j) {
+            ggml_backend_tensor_get(table, row.data(), j % table->ne[1] * table->nb[1], row.size());
+            if (table->type == GGML_TYPE_F32) {
+                memcpy(values.data(), row.data(), row.size());
+            } else {
+                to_float(row.data(), values.data(), values.size());
+            }
+            ggml_backend_tensor_set(constants[i], values.data(), j * constants[i]->nb[1], constants[i]->nb[1]);
+        }
+    }
+}
+
 void llama_firstlayer::rewrite(const llama_model &           model,
                                const llm_graph_params &      params,
                                const llama_firstlayer_walk & walk) {
     ggml_context * ctx = params.res->get_ctx();
     ggml_cgraph *  gf  = params.res->get_gf();
-
-    const bool offloaded = ggml_backend_dev_type(model.dev_layer(0)) != GGML_BACKEND_DEVICE_TYPE_CPU;
 
     std::unordered_set<std::string> hints;
     for (const auto & site : sites) {
@@ -284,15 +371,8 @@ void llama_firstlayer::rewrite(const llama_model &           model,
             if (site.recipe != recipe || site.width != walk.width(t)) {
                 continue;
             }
-            ggml_tensor * table = tables[site.table].tensor;
             if (!rows[site.table]) {
-                rows[site.table] = ggml_get_rows(ctx, table, walk.tokens().front());
-                ggml_format_name(rows[site.table], "firstlayer.%u", site.table);
-                if (offloaded && table->buffer && ggml_backend_buffer_is_host(table->buffer)) {
-                    // the scheduler would copy each view of the rows to the device on its own
-                    rows[site.table] = ggml_cont(ctx, rows[site.table]);
-                    ggml_format_name(rows[site.table], "firstlayer.%u (device)", site.table);
-                }
+                rows[site.table] = look_up(model, params, site.table, walk.tokens().front());
             }
             slots[t] = { rows[site.table], site.column * sizeof(float) };
             if (checking) {

@@ -92,29 +92,45 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
 //
-// trial: a model whose sites come from rows in memory, to measure what tables would do to its output
+// run: a model that decodes one text, to measure what tables do to its output and its speed
 //
 
-struct llama_firstlayer_trial;
+struct llama_firstlayer_run;
 
-// The model of an analysis, with its weights, on the CPU.
-// n_ctx: tokens of a text; n_batch: tokens that are decoded at once
-LLAMA_API struct llama_firstlayer_trial * llama_firstlayer_trial_open(const char * path_model,
-                                                                      const struct llama_firstlayer_analysis * an,
-                                                                      int32_t                                  n_ctx,
-                                                                      int32_t                                  n_batch);
+// n_ctx: tokens of the text; n_batch: most tokens that are decoded at once; n_threads: 0 for all
+// constants: of a converted model, the sites come from constants instead of from its tables. So there is nothing to look
+//            up, and the output is wrong: it is the limit of what tables can gain
+// an: analysis of the model, which then runs on the CPU, and whose sites come from rows in memory. NULL for none
+LLAMA_API struct llama_firstlayer_run * llama_firstlayer_run_open(const char *                             path_model,
+                                                                  int32_t                                  n_ctx,
+                                                                  int32_t                                  n_batch,
+                                                                  int32_t                                  n_threads,
+                                                                  bool                                     constants,
+                                                                  const struct llama_firstlayer_analysis * an);
 
-LLAMA_API void llama_firstlayer_trial_close(struct llama_firstlayer_trial * trial);
+LLAMA_API void llama_firstlayer_run_close(struct llama_firstlayer_run * run);
 
-// F32 [n_vocab][widths of all sites, each padded to a multiple of 4], not initialized; may be changed between batches
-LLAMA_API float * llama_firstlayer_trial_rows(struct llama_firstlayer_trial * trial);
+LLAMA_API int32_t llama_firstlayer_run_n_vocab(const struct llama_firstlayer_run * run);
 
-// Decode tokens at positions from `first` on, where 0 begins a new text.
+// F32 [n_vocab][widths of all sites, each padded to a multiple of 4], not initialized; may be changed between batches.
+// NULL without an analysis
+LLAMA_API float * llama_firstlayer_run_rows(struct llama_firstlayer_run * run);
+
+// Decode the tokens that come after those decoded so far, at once.
 // Returns the logits of every token, F32 [n_tokens][n_vocab], valid until the next call
-LLAMA_API const float * llama_firstlayer_trial_decode(struct llama_firstlayer_trial * trial,
-                                                      const llama_token *             tokens,
-                                                      int32_t                         n_tokens,
-                                                      int32_t                         first);
+LLAMA_API const float * llama_firstlayer_run_decode(struct llama_firstlayer_run * run,
+                                                    const llama_token *           tokens,
+                                                    int32_t                       n_tokens);
+
+// The same in batches, as generation does it: of each batch, only the logits of the last token are wanted.
+// Returns the microseconds that it took
+LLAMA_API int64_t llama_firstlayer_run_time(struct llama_firstlayer_run * run,
+                                            const llama_token *           tokens,
+                                            int32_t                       n_tokens,
+                                            int32_t                       n_batch);
+
+// Forget all but the first n tokens. False if the memory of this kind of model cannot forget a part
+LLAMA_API bool llama_firstlayer_run_keep(struct llama_firstlayer_run * run, int32_t n);
 
 //
 // what a loaded model uses
@@ -143,6 +159,7 @@ struct llama_firstlayer;
 
 #    include "ggml-cpp.h"
 
+#    include <atomic>
 #    include <functional>
 #    include <memory>
 #    include <string>
@@ -166,8 +183,10 @@ struct llama_firstlayer {
     ~llama_firstlayer();
 
     struct table {
-        std::string   suffix;  // of the tensor name "firstlayer.<suffix>"
-        ggml_tensor * tensor;  // [row width, n_vocab]
+        std::string   suffix;                          // of the tensor name "firstlayer.<suffix>"
+        ggml_tensor * tensor;                          // [row width, n_vocab]
+
+        std::unique_ptr<std::atomic<bool>[]> fetched;  // rows whose pages were asked for
     };
 
     struct site {
@@ -204,6 +223,9 @@ struct llama_firstlayer {
     // Replace sites by table lookups. Returns nullptr if the graph would read an elided weight.
     ggml_cgraph * apply(const llama_model & model, const llm_graph_params & params);
 
+    // Take the sites from constants: of each table, the first rows, for up to n_tokens tokens. Throws std::runtime_error.
+    void use_constants(const llama_model & model, int64_t n_tokens);
+
     // if set, graphs are shown to it instead of being rewritten
     std::function<void(const llm_graph_params & params, const llama_firstlayer_walk & walk)> observe;
 
@@ -213,7 +235,13 @@ struct llama_firstlayer {
   private:
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
+    // the tensor whose row i is what a table holds for token i of the batch
+    ggml_tensor * look_up(const llama_model & model, const llm_graph_params & params, uint32_t i, ggml_tensor * tokens);
+
     ggml_context_ptr                               ctx_phantom;
+    ggml_context_ptr                               ctx_constants;
+    ggml_backend_buffer_ptr                        buf_constants;
+    std::vector<ggml_tensor *>                     constants;    // F32 [row width, n_tokens] for each table, if used
     std::unordered_map<std::string, ggml_tensor *> phantoms;
     std::unordered_set<const ggml_tensor *>        weights;      // all model weights, phantoms included
     std::string                                    problem;      // found by apply() while check() runs

@@ -1,0 +1,552 @@
+"""`bench`: how much faster a converted model is than its source, and of what that is a share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from tqdm import tqdm
+
+from gguf_firstlayer import tables as tab
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.plan import MAX_DIGITS, MAX_NUMBER, bound, of_file
+from gguf_firstlayer.runtime import Run, Site, isolated, library
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.verify import open_pair
+
+BATCHES, CONTEXTS = (1, 512), (0,)
+
+# A block is so many tokens of one model, short enough that the machine does not change its mood in between
+BLOCK_SECONDS, BLOCK_TOKENS = 0.05, 32
+
+# Where the system puts a model in memory makes it faster or slower by some per cent, for as long as it is loaded. So models are
+# loaded so often, and each time a cell is measured in so many blocks of each model at least
+N_LOADS, MIN_ROUNDS = 8, 5
+CELL_SECONDS = 16.0
+N_BOOTSTRAP = 2000
+
+# of the resources: a prompt, tokens that are generated, and how often a model is loaded
+PROMPT, GENERATED, N_PROCESSES = 128, 32, 3
+
+CHUNK_BYTES = 1 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of speeds: the mean over loads of the median over pairs of blocks, and its bootstrap 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What can be said with it."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference that could be told"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A batch size at a length of context.
+
+    Attributes:
+        batch: tokens decoded at once; 1 is decoding, more is prefill
+        context: tokens before them
+        rounds: blocks of each model
+        source, converted: medians in tokens per second
+        ratio: speed of the converted model by that of the source
+        bound: that the plan predicts for it
+        realised: the gain as a share of the gain of the bound, if the ratio can be told from 1
+        limit: with `limit`, the speed of constants instead of lookups by that of the source
+        of_limit: with `limit`, the speed of the converted model by that of constants
+    """
+
+    batch: int
+    context: int
+    rounds: int
+    source: float
+    converted: float
+    ratio: Ratio
+    bound: float
+    realised: float | None
+    limit: Ratio | None
+    of_limit: Ratio | None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a model takes in a process of its own, which decodes a prompt and generates some tokens. Bytes and seconds.
+
+    Attributes:
+        file: size
+        resident: memory after that, of files and others
+        resident_files: the part of it that is mapped from files
+        peak: most memory at any time
+        minor_faults, major_faults: of pages, from opening the model on
+        tables: bytes of the tables
+        tables_mapped: of them, in pages that the process has touched or that Linux mapped with those
+        rows_touched: bytes of the rows that were looked up
+        load_cold, load: seconds to load it when the page cache is empty, and when it is not; None where it cannot be emptied
+        first_token_cold, first_token: from the start of loading to the logits of a first token
+    """
+
+    file: int
+    resident: int
+    resident_files: int
+    peak: int
+    minor_faults: int
+    major_faults: int
+    tables: int
+    tables_mapped: int
+    rows_touched: int
+    load_cold: float | None
+    load: float
+    first_token_cold: float | None
+    first_token: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` measured.
+
+    Attributes:
+        source, converted: files
+        threads: of each model
+        pinned: whether each stays on a processor of its own
+        cells: by batch size and context
+        resources_source, resources: None where the system does not tell
+    """
+
+    source: Path
+    converted: Path
+    threads: int
+    pinned: bool
+    cells: list[Cell]
+    resources_source: Resources | None
+    resources: Resources | None
+
+
+def bench(
+    source: str | os.PathLike[str],
+    converted: str | os.PathLike[str],
+    *,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int] = CONTEXTS,
+    threads: int = 0,
+    limit: bool = False,
+    resources: bool = True,
+    seconds: float = CELL_SECONDS,
+) -> Bench:
+    """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
+
+    They take turns in short blocks, in random order, so that both see the same moods of the machine, and are loaded several
+    times. Tokens are random, like llama-bench's: rows are hardly ever met twice, which is the worst case for lookups.
+
+    Args:
+        source: GGUF file; of a split model, the first part
+        converted: likewise
+        batches: tokens decoded at once
+        contexts: tokens before them
+        threads: 0 for one on each processor that this process may use
+        limit: also measure the ceiling, the same graph with constants instead of lookups
+        resources: also measure memory, loading and first tokens, each model in processes of its own
+        seconds: for each batch size and context
+
+    Raises:
+        FirstLayerError: a file cannot be read or run, or is not what it should be.
+    """
+    model, tables = open_pair(Path(source), Path(converted))
+    for size in (*batches, *contexts):
+        if not 0 <= size <= MAX_NUMBER:
+            raise FirstLayerError(f"{size} is no batch size or length of a context")
+    if not batches or not contexts or min(batches) < 1:
+        raise FirstLayerError("a batch has a token at least")
+    n_threads = threads or len(_processors())
+    outline = of_file(model.path)
+    kinds = _kinds(tables, outline.sites)
+
+    taken: list[Resources | None] = [None, None]
+    if resources and sys.platform == "linux":
+        taken = list(_all_resources([model, tables], n_threads))
+
+    isolated(partial(_loads, n_threads), tables.path)
+    n_ctx = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
+    n_batch = max(BLOCK_TOKENS, *batches)
+    rng = random.Random(0)
+    times: dict[tuple[int, int], list[Seconds]] = {(batch, context): [] for context in contexts for batch in batches}
+    progress = tqdm(range(N_LOADS), desc="measuring", unit="load", disable=None)
+    others = _threads()
+    for _ in progress:
+        for file in rng.sample([model, tables], 2):
+            _place_anew(file)
+        with ExitStack() as stack:
+            runs = [stack.enter_context(Run(path, n_ctx, n_batch, n_threads)) for path in (model.path, tables.path)]
+            if limit:
+                runs.append(stack.enter_context(Run(tables.path, n_ctx, n_batch, n_threads, constants=True)))
+            tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, runs[0].n_vocab, 1 << 16, np.int32)
+            runs[0].time(tokens[:1], 1)
+            pinned = stack.enter_context(_pinned(others, n_threads))
+            for context in contexts:
+                for run in runs:
+                    _fill(run, tokens, context)
+                for batch in batches:
+                    times[batch, context].append(_times(runs, tokens, batch, context, seconds / N_LOADS, rng))
+    cells = [_cell(batch, context, loads, bound(outline, kinds, batch)) for (batch, context), loads in times.items()]
+    return Bench(model.path, tables.path, n_threads, pinned, cells, *taken)
+
+
+def _processors() -> list[int]:
+    """Those that this process may use; unnumbered where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
+
+
+def _threads() -> set[int]:
+    """Those of this process, where the system tells."""
+    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()} if sys.platform == "linux" else set()
+
+
+@contextmanager
+def _pinned(others: set[int], n_threads: int) -> Iterator[bool]:
+    """Keep this thread, and those that are not among the others, on a processor each.
+
+    Yields whether that was possible: threads must outlive a batch, as those of OpenMP do.
+    """
+    workers = sorted(_threads() - others)
+    processors = _processors()
+    if len(workers) != n_threads - 1 or len(processors) < n_threads or sys.platform != "linux":
+        yield False
+        return
+    for thread, processor in zip([0, *workers], processors, strict=False):
+        os.sched_setaffinity(thread, {processor})
+    try:
+        yield True
+    finally:
+        for thread in [0, *workers]:
+            os.sched_setaffinity(thread, processors)
+
+
+def _kinds(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizationType]:
+    """The sites that come from tables in a converted file, and the types of those."""
+    placed, tables, _ = tab.read(file)
+    kinds = {site.recipe: tables[site.table].type for site in placed}
+    known = {site: kinds[site.recipe] for site in sites if site.recipe in kinds}
+    if len(known) != len(kinds):
+        raise FirstLayerError(f"{file.path} was not converted from this source; give the model that it was made from")
+    return known
+
+
+def _loads(n_threads: int, path: Path) -> None:
+    """For `isolated`: llama.cpp may abort on a malformed file."""
+    Run(path, 16, 16, n_threads).close()
+
+
+def _fill(run: Run, tokens: npt.NDArray[np.int32], n: int) -> None:
+    """Decode n tokens of a new text."""
+    run.keep(0)
+    if n:
+        run.time(np.resize(tokens, n), run.n_batch)
+
+
+def _times(
+    runs: Sequence[Run], tokens: npt.NDArray[np.int32], batch: int, context: int, seconds: float, rng: random.Random
+) -> Seconds:
+    """Seconds per token, [rounds, runs]."""
+
+    def block(run: Run, n: int, first: int) -> float:
+        if not run.keep(context):
+            _fill(run, tokens, context)
+        if batch > 1:
+            # a prompt comes after something else, so its graph is built for it; a token is decoded with the last one's graph
+            run.time(tokens[:1], 1)
+            if not run.keep(context):
+                _fill(run, tokens, context)
+        return run.time(np.resize(np.roll(tokens, -first), n), batch) / n
+
+    # warm-up, which also tells how long a block takes
+    n = max(batch, BLOCK_TOKENS // batch * batch)
+    for run in runs:
+        block(run, n, 0)
+    n_batches = int(BLOCK_SECONDS / batch / max(block(run, n, 0) for run in runs))
+    n = min(n, max(1, n_batches) * batch)
+
+    rounds: list[list[float]] = []
+    started = time.monotonic()
+    while len(rounds) < MIN_ROUNDS or time.monotonic() - started < seconds:
+        first = rng.randrange(len(tokens))
+        times = {i: block(runs[i], n, first) for i in rng.sample(range(len(runs)), len(runs))}
+        rounds.append([times[i] for i in range(len(runs))])
+    return np.array(rounds)
+
+
+def _cell(batch: int, context: int, loads: Sequence[Seconds], expected: float) -> Cell:
+    converted = ratio([times[:, 0] / times[:, 1] for times in loads])
+    realised = None
+    if expected > 1 and converted.verdict != Ratio(1, 1, 1).verdict:
+        realised = (converted.value - 1) / (expected - 1)
+    limit = of_limit = None
+    if loads[0].shape[1] == 3:
+        limit = ratio([times[:, 0] / times[:, 2] for times in loads])
+        of_limit = ratio([times[:, 2] / times[:, 1] for times in loads])
+    blocks = np.concatenate(loads)
+    before, after = (1 / np.median(blocks[:, :2], axis=0)).tolist()
+    return Cell(batch, context, len(blocks), before, after, converted, expected, realised, limit, of_limit)
+
+
+def ratio(loads: Sequence[Seconds]) -> Ratio:
+    """The ratio that pairs of blocks [rounds] of several loads tell, which are both drawn anew for its confidence interval."""
+    rng = np.random.default_rng(0)
+
+    def median(pairs: Seconds) -> Seconds:
+        """Of N_BOOTSTRAP samples."""
+        drawn: Seconds = np.median(pairs[rng.integers(0, len(pairs), (N_BOOTSTRAP, len(pairs)))], axis=1)
+        return drawn
+
+    medians = np.array([median(pairs) for pairs in loads])
+    chosen = rng.integers(0, len(loads), (len(loads), N_BOOTSTRAP))
+    low, high = np.percentile(np.take_along_axis(medians, chosen, axis=0).mean(axis=0), [2.5, 97.5]).tolist()
+    return Ratio(float(np.mean([np.median(pairs) for pairs in loads])), low, high)
+
+
+def _all_resources(models: Sequence[Source], n_threads: int) -> Iterator[Resources]:
+    """Resources of models, each in processes of its own, one after the other."""
+    cold: list[list[_Load]] = [[] for _ in models]
+    warm: list[list[_Load]] = [[] for _ in models]
+    with tqdm(desc="loading", total=2 * N_PROCESSES * len(models), unit="load", disable=None) as progress:
+        for _ in range(N_PROCESSES):
+            for i, model in enumerate(models):
+                _forget(model)
+                for loads in (cold, warm):
+                    loads[i].append(isolated(partial(_load, n_threads), model.path))
+                    progress.update()
+    for i, model in enumerate(models):
+        last = warm[i][-1]
+        was_cold = [load for load in cold[i] if load.bytes_read > model.bytes / 4]
+        yield Resources(
+            model.bytes,
+            *last.memory,
+            _median([load.load for load in was_cold]),
+            _median([load.load for load in warm[i]]) or 0.0,
+            _median([load.first_token for load in was_cold]),
+            _median([load.first_token for load in warm[i]]) or 0.0,
+        )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _forget(model: Source) -> None:
+    """Drop a model from the page cache, where the system lets us."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in model.paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _place_anew(model: Source) -> None:
+    """Let a model be in the page cache, but in other pages than before."""
+    _forget(model)
+    for path in model.paths:
+        with path.open("rb") as file:
+            while file.read(CHUNK_BYTES):
+                pass
+
+
+@dataclass(frozen=True)
+class _Load:
+    load: float
+    first_token: float
+    bytes_read: int
+    memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
+
+
+def _load(n_threads: int, path: Path) -> _Load:
+    """Load a model and use it, for `isolated`."""
+    import resource
+
+    def status() -> dict[str, int]:
+        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0].startswith(("Vm", "Rss"))}
+
+    def bytes_read() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+    library()  # not a part of loading the model
+    before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
+    started = time.perf_counter()
+    with Run(path, PROMPT + GENERATED + 1, PROMPT, n_threads) as run:
+        loaded = time.perf_counter()
+        tokens = np.random.default_rng(1).integers(0, run.n_vocab, PROMPT + GENERATED, np.int32)
+        run.time(tokens[:1], 1)
+        first_token = time.perf_counter()
+        read = bytes_read() - read
+        run.keep(0)
+        run.time(tokens[:PROMPT], PROMPT)
+        run.time(tokens[PROMPT:], 1)
+        after, usage_after = status(), resource.getrusage(resource.RUSAGE_SELF)
+        file = Source(path)
+        _, tables, _ = tab.read(file)
+        memory = (
+            after["VmRSS"] - before["VmRSS"],
+            after["RssFile"] - before["RssFile"],
+            after["VmHWM"] - before["VmRSS"],
+            usage_after.ru_minflt - usage.ru_minflt,
+            usage_after.ru_majflt - usage.ru_majflt,
+            sum(table.bytes for table in tables),
+            sum(_mapped(*file.place(table.name)) for table in tables),
+            len(np.unique(tokens)) * sum(table.row_bytes for table in tables),
+        )
+    return _Load(loaded - started, first_token - started, read, memory)
+
+
+def _mapped(path: Path, offset: int, size: int) -> int:
+    """Bytes of a range of a file that are in memory of this process, in whole pages (`/proc/self/pagemap`)."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or fields[5] != str(path.resolve()):
+            continue
+        begin, end = (int(value, 16) for value in fields[0].split("-"))
+        first = max(offset, int(fields[2], 16)) - int(fields[2], 16) + begin
+        last = min(offset + size - int(fields[2], 16) + begin, end)
+        if first >= last:
+            continue
+        with open("/proc/self/pagemap", "rb") as file:
+            file.seek(first // PAGE * 8)
+            entries = np.frombuffer(file.read(((last - 1) // PAGE - first // PAGE + 1) * 8), "<u8")
+        total += int((entries >> 63).sum()) * PAGE
+    return total
+
+
+def summary(result: Bench) -> str:
+    """The result as people read it."""
+
+    def interval(ratio: Ratio) -> str:
+        return f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
+
+    lines = [f"{result.threads} threads, {'each on a processor of its own' if result.pinned else 'not pinned'}"]
+    for cell in result.cells:
+        lines.append(
+            f"batch {cell.batch}, context {cell.context}: {cell.source:.1f} -> {cell.converted:.1f} tokens/s,"
+            f" ratio {interval(cell.ratio)}: {cell.ratio.verdict}"
+        )
+        share = f", {cell.realised:.0%} of its gain realised" if cell.realised is not None else ""
+        lines.append(f"    bound by the plan {cell.bound:.4f}{share}; {cell.rounds} blocks each")
+        if cell.limit and cell.of_limit:
+            lines.append(f"    without any lookup {interval(cell.limit)}; of that, {interval(cell.of_limit)}")
+    for name, taken in (("source", result.resources_source), ("converted", result.resources)):
+        if taken is None:
+            continue
+        lines.append(
+            f"{name}: file {size_text(taken.file)}, resident {size_text(taken.resident)} (of files"
+            f" {size_text(taken.resident_files)}), peak {size_text(taken.peak)},"
+            f" {taken.minor_faults} minor and {taken.major_faults} major page faults"
+        )
+        if taken.tables:
+            lines.append(
+                f"    tables {size_text(taken.tables)}, of which {size_text(taken.tables_mapped)} mapped for"
+                f" {size_text(taken.rows_touched)} of rows"
+            )
+        for label, load, first in (
+            ("empty", taken.load_cold, taken.first_token_cold),
+            ("warm", taken.load, taken.first_token),
+        ):
+            if load is not None and first is not None:
+                lines.append(f"    page cache {label}: loaded after {load:.3f} s, first token after {first:.3f} s")
+            else:
+                lines.append(f"    page cache {label}: could not be measured, the system keeps the file in memory")
+    return "\n".join(lines)
+
+
+def plot(result: Bench, folder: Path) -> Path:
+    """Write a plot of the ratios to a folder, which is made. Returns the file, a PNG.
+
+    Raises:
+        FirstLayerError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as err:
+        raise FirstLayerError("--plot needs matplotlib; pip install matplotlib") from err
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for context in dict.fromkeys(cell.context for cell in result.cells):
+        cells = sorted((cell for cell in result.cells if cell.context == context), key=lambda cell: cell.batch)
+        batches = [cell.batch for cell in cells]
+        ratios = [cell.ratio.value for cell in cells]
+        errors = [
+            [cell.ratio.value - cell.ratio.low for cell in cells],
+            [cell.ratio.high - cell.ratio.value for cell in cells],
+        ]
+        line = axes.errorbar(batches, ratios, errors, marker="o", capsize=3, label=f"after {context} tokens")
+        limits = [cell.limit for cell in cells if cell.limit]
+        if len(limits) == len(cells):
+            axes.plot(batches, [value.value for value in limits], ":", color=line[0].get_color(), label="without any lookup")
+    bounds = dict(sorted((cell.batch, cell.bound) for cell in result.cells))
+    axes.plot(list(bounds), list(bounds.values()), "k--", label="bound by the plan")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(bounds), [str(batch) for batch in bounds])
+    axes.set_xlabel("tokens per batch")
+    axes.set_ylabel("speed, converted / source")
+    axes.set_title(f"{result.converted.name}, {result.threads} threads, 95 % confidence intervals", fontsize=10)
+    axes.legend(fontsize=8)
+    path = folder / f"{result.converted.stem}-bench.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(size.isdecimal() and len(size) <= MAX_DIGITS for size in text.split(",")):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,16")
+    return [int(size) for size in text.split(",")]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `bench`."""
+    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
+    parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
+    parser.add_argument("--batch", type=_sizes, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
+    parser.add_argument("--context", type=_sizes, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one on each processor")
+    parser.add_argument("--limit", action="store_true", help="also measure constants instead of lookups: the ceiling")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot of the ratios there")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `bench` from the command line."""
+    if not 0 <= args.threads <= 1024:
+        raise FirstLayerError(f"{args.threads} is no number of threads")
+    result = bench(
+        args.source, args.converted, batches=args.batch, contexts=args.context, threads=args.threads, limit=args.limit
+    )
+    print(to_json(result) if args.json else summary(result))
+    if args.plot:
+        print(f"wrote {plot(result, args.plot)}", file=sys.stderr)
+    return 0

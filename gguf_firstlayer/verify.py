@@ -1,0 +1,369 @@
+"""`verify`: whether a converted file belongs to a model, and what its tables do to the model's output."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from gguf_firstlayer import tables as tab
+from gguf_firstlayer.auto import kl_divergence, log_softmax, round_trip, sample_tokens
+from gguf_firstlayer.convert import fingerprints
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.runtime import Analysis, Run, Site, analyse, isolated, library
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import to_json
+
+FAILURE = 2
+
+N_TOKENS = 4096
+# of a chunk of the text; its second half is scored, as llama-perplexity does
+CHUNK = 512
+
+# of the source against itself: shows what any change of last bits does. Attention of so few tokens takes another kernel
+OTHER_BATCH = 32
+
+# nats that tables may add to the mean KL divergence if the file does not say what its types were chosen for
+MAX_KLD = 1e-2
+
+N_ROWS = 64
+# relative error of a row: what other kernels make of a product with 8-bit activations, and how much more than the rounding
+# of the rows that were recomputed
+ROW_ERROR, ROW_ROUNDING = 0.02, 1.5
+
+N_PROMPTS, PROMPT, GREEDY = 4, 24, 64
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        source, converted: files
+        problems: what is outside of bounds, as sentences; empty if nothing is
+        rows_checked: of the tables, recomputed from the source
+        rows_same: share of them that are the same bit for bit
+        tokens: of the text
+        scored: of them, those whose distributions the figures below are about
+        logit_max, logit_rms: difference of logits
+        kld, kld_error: mean KL divergence in nats, and its standard error
+        kld_median, kld_p99, kld_max: of the same
+        kld_floor: mean KL divergence of the source to itself in batches of another size
+        kld_added, kld_added_error: mean difference of the two, and its standard error
+        kld_bound: that kld_added may have
+        top1: share of the tokens for which the most probable next one is the same
+        perplexity_source, perplexity: of the text
+        perplexity_change, perplexity_change_error: their difference, and its standard error
+        greedy: for each of several prompts, the number of tokens of the continuation before the first that differs; None if
+            none does
+        greedy_tokens: of each continuation
+    """
+
+    source: Path
+    converted: Path
+    problems: list[str]
+    rows_checked: int = 0
+    rows_same: float = 0.0
+    tokens: int = 0
+    scored: int = 0
+    logit_max: float = 0.0
+    logit_rms: float = 0.0
+    kld: float = 0.0
+    kld_error: float = 0.0
+    kld_median: float = 0.0
+    kld_p99: float = 0.0
+    kld_max: float = 0.0
+    kld_floor: float = 0.0
+    kld_added: float = 0.0
+    kld_added_error: float = 0.0
+    kld_bound: float = 0.0
+    top1: float = 0.0
+    perplexity_source: float = 0.0
+    perplexity: float = 0.0
+    perplexity_change: float = 0.0
+    perplexity_change_error: float = 0.0
+    greedy: tuple[int | None, ...] = ()
+    greedy_tokens: int = 0
+
+
+def verify(
+    source: str | os.PathLike[str],
+    converted: str | os.PathLike[str],
+    *,
+    text: str | None = None,
+    tokens: int = N_TOKENS,
+) -> Verification:
+    """Compare a converted file with the model it was made from.
+
+    Args:
+        source: GGUF file; of a split model, the first part
+        converted: likewise
+        text: to run both over; a built-in one by default
+        tokens: of the text, at most
+
+    Raises:
+        FirstLayerError: a file cannot be read or run, or is not what it should be; the text is too short.
+    """
+    model, tables = open_pair(Path(source), Path(converted))
+    sites, _, _ = tab.read(tables)
+    with analyse(model.path) as analysis:
+        by_recipe = {site.recipe: site for site in analysis.sites}
+        problems = _foreign(model, sites, by_recipe)
+        if problems:
+            return Verification(model.path, tables.path, problems)
+        ids = _text_tokens(analysis, text, tokens)
+        begin = analysis.tokenize("")[:1]  # as the text has it, if the model wants one
+        n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
+
+    isolated(_loads, tables.path)
+    measurement = tab.read_measurement(tables)
+    bound = measurement.max_kld if measurement else MAX_KLD
+    chunk = min(CHUNK, len(ids) // 2)
+    with Run(model.path, chunk, chunk) as one, Run(tables.path, chunk, chunk) as other:
+        scores = _Scores()
+        for first in range(0, len(ids) - chunk + 1, chunk):
+            part = ids[first : first + chunk].copy()
+            part[: len(begin)] = begin
+            scores.add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
+        starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
+        n_prompt = min(PROMPT, chunk // 2)
+        n_greedy = min(GREEDY, chunk - n_prompt)
+        prompts = [np.concatenate([begin, ids[start:]])[:n_prompt] for start in starts]
+        greedy = [_first_difference(_greedy(one, prompt, n_greedy), _greedy(other, prompt, n_greedy)) for prompt in prompts]
+
+    klds, floors = np.concatenate(scores.klds), np.concatenate(scores.floors)
+    before, after = np.concatenate(scores.losses_source), np.concatenate(scores.losses)
+    added, added_error = _mean(klds - floors)
+    if added - 2 * added_error > bound:
+        problems.append(
+            f"the tables add {added:.1e} ± {added_error:.1e} nats to the mean KL divergence, the bound is {bound:g}:"
+            " convert with wider types"
+        )
+    elif not math.isfinite(added):
+        problems.append("the output of the converted model is not finite")
+    p_source, p = math.exp(before.mean()), math.exp(after.mean())
+    return Verification(
+        model.path,
+        tables.path,
+        problems,
+        n_rows,
+        same,
+        len(ids),
+        len(klds),
+        scores.logit_max,
+        math.sqrt(scores.logit_squares / scores.logit_count),
+        *_mean(klds),
+        float(np.median(klds)),
+        float(np.percentile(klds, 99)),
+        float(klds.max()),
+        float(floors.mean()),
+        added,
+        added_error,
+        bound,
+        float(np.concatenate(scores.same).mean()),
+        p_source,
+        p,
+        p - p_source,
+        _mean(p * after - p_source * before)[1],  # to first order
+        tuple(greedy),
+        n_greedy,
+    )
+
+
+def open_pair(source: Path, converted: Path) -> tuple[Source, Source]:
+    """A model, and a file converted from one.
+
+    Raises:
+        FirstLayerError: one of them cannot be read, or is not what it should be.
+    """
+    model, tables = Source(source), Source(converted)
+    if model.get_field(tab.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{source} is itself converted; give the original model first")
+    if tables.get_field(tab.KEY_VERSION) is None:
+        raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
+    return model, tables
+
+
+def _foreign(model: Source, placed: Sequence[tab.Placed], by_recipe: dict[str, Site]) -> list[str]:
+    """What shows that tables are of another model."""
+    unknown = [site.name for site in placed if site.recipe not in by_recipe]
+    if unknown:
+        return [f"{', '.join(unknown)} of the converted file are computed otherwise in the source: it is of another model"]
+    prints = fingerprints(model, [by_recipe[site.recipe] for site in placed])
+    changed = [site.name for site in placed if prints[site.recipe] != site.fingerprint]
+    if changed:
+        return [f"{', '.join(changed)} were computed from other weights than the source has: convert it again"]
+    return []
+
+
+def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArray[np.int32]:
+    ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
+    ids = ids[:n_max]
+    if len(ids) < 4 * N_PROMPTS:
+        raise FirstLayerError(f"{len(ids)} tokens are too few to measure; give a longer text")
+    return ids
+
+
+def _loads(path: Path) -> None:
+    """For `isolated`: llama.cpp may abort on a malformed file."""
+    Run(path, 16, 16).close()
+
+
+def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:
+    """Recompute some rows.
+
+    Returns:
+        Their number, the share that is the same bit for bit, and the problems.
+    """
+    placed, tables, _ = tab.read(file)
+    random = np.random.default_rng(0)
+    tokens = np.unique(np.append(random.integers(0, analysis.n_vocab, N_ROWS), [0, analysis.n_vocab - 1]))
+    rows = analysis.rows(tokens)
+    ends = np.cumsum([site.width for site in analysis.sites])
+    exact = {site.recipe: rows[:, end - site.width : end] for site, end in zip(analysis.sites, ends.tolist(), strict=True)}
+
+    wrong, same, problems = [], np.ones(len(tokens), bool), []
+    for i, table in enumerate(tables):
+        data = np.frombuffer(file.data(table.name), np.uint8).reshape(table.rows, -1)[tokens]
+        for site in placed:
+            if site.table != i:
+                continue
+            block, size = gguf.GGML_QUANT_SIZES[table.type]
+            stored = np.ascontiguousarray(data[:, site.column // block * size : (site.column + site.width) // block * size])
+            expected = library().quantize(exact[site.recipe], table.type)
+            identical = (stored == expected).all(axis=1)
+            same &= identical
+            try:
+                back = gguf.quants.dequantize(stored, table.type)
+                rounding = round_trip(exact[site.recipe], table.type) - exact[site.recipe]
+            except NotImplementedError:  # gguf-py cannot read the type
+                bad = ~identical
+            else:
+                norm = np.linalg.norm(exact[site.recipe], axis=1)
+                allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounding, axis=1)
+                bad = ~(np.linalg.norm(back - exact[site.recipe], axis=1) <= allowed)
+            if bad.any():
+                wrong.append(f"{site.name} of {bad.sum()} tokens, as of {tokens[bad][0]}")
+    if wrong:
+        problems.append(f"of {len(tokens)} rows recomputed, the tables hold others: {'; '.join(wrong)}; convert again")
+    return len(tokens), float(same.mean()), problems
+
+
+class _Scores:
+    """Figures of the tokens of a text, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.klds: list[Floats] = []
+        self.floors: list[Floats] = []
+        self.losses_source: list[Floats] = []
+        self.losses: list[Floats] = []
+        self.same: list[npt.NDArray[np.bool_]] = []
+        self.logit_max = self.logit_squares = 0.0
+        self.logit_count = 0
+
+    def add(
+        self,
+        source: npt.NDArray[np.float32],
+        again: npt.NDArray[np.float32],
+        converted: npt.NDArray[np.float32],
+        following: npt.NDArray[np.int32],
+    ) -> None:
+        """Logits F32 [n, vocabulary] of the source, again in batches of another size, and converted; the next tokens."""
+        difference = converted - source
+        self.logit_max = max(self.logit_max, float(np.abs(difference).max()))
+        self.logit_squares += float(np.square(difference, dtype=np.float64).sum())
+        self.logit_count += difference.size
+        p, q = log_softmax(source), log_softmax(converted)
+        self.klds.append(kl_divergence(p, q))
+        self.floors.append(kl_divergence(p, log_softmax(again)))
+        self.same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        index = np.arange(len(following))
+        self.losses_source.append(-p[index, following].astype(np.float64))
+        self.losses.append(-q[index, following].astype(np.float64))
+
+
+def _logits(run: Run, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
+    """Logits of those tokens of a text that are scored, F32 [n, vocabulary]."""
+    run.keep(0)
+    first, done, parts = len(tokens) // 2, 0, []
+    for logits in run.decode(tokens, n_batch):
+        parts.append(logits[max(0, first - done) :].copy())
+        done += len(logits)
+    return np.concatenate(parts)[:-1]
+
+
+def _greedy(run: Run, prompt: npt.NDArray[np.int32], n: int) -> list[int]:
+    """The most probable continuation of a prompt."""
+    run.keep(0)
+    out: list[int] = []
+    tokens = prompt
+    while len(out) < n:
+        *_, logits = run.decode(tokens)
+        out.append(int(logits[-1].argmax()))
+        tokens = np.array(out[-1:], np.int32)
+    return out
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+def _mean(values: Floats) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def summary(result: Verification) -> str:
+    """The result as people read it."""
+    if not result.scored:
+        return "\n".join(result.problems)
+    differs = ["none" if n is None else str(n + 1) for n in result.greedy]
+    lines = [
+        "the tables were computed from this source's weights;"
+        f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit",
+        f"{result.scored} of {result.tokens} tokens scored",
+        f"logits: max difference {result.logit_max:.3g}, RMS {result.logit_rms:.3g}",
+        f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
+        f" 99 % {result.kld_p99:.1e}, max {result.kld_max:.1e}",
+        f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes;"
+        f" the tables add {result.kld_added:.1e} ± {result.kld_added_error:.1e} (bound {result.kld_bound:g})",
+        f"most probable token the same: {result.top1:.2%}",
+        f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
+        f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
+        f"first of {result.greedy_tokens} greedy tokens that differs for each of {len(differs)} prompts: {', '.join(differs)}",
+        *result.problems,
+        "outside of bounds" if result.problems else "within bounds",
+    ]
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `verify`."""
+    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
+    parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="to run both over (default: a built-in page)")
+    parser.add_argument("--tokens", type=int, default=N_TOKENS, metavar="N", help="of the text, at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `verify` from the command line. Returns 0 within bounds, 1 outside."""
+    text = None
+    if args.text is not None:
+        try:
+            text = cast(str, args.text.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as err:
+            raise FirstLayerError(f"{args.text} is no text in UTF-8; give another with --text") from err
+    result = verify(args.source, args.converted, text=text, tokens=args.tokens)
+    print(to_json(result) if args.json else summary(result))
+    return 1 if result.problems else 0
