@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.plan import MAX_DIGITS, MAX_NUMBER, bound, of_file
+from gguf_firstlayer.plan import MAX_DIGITS, bound, of_file
 from gguf_firstlayer.runtime import Run, Site, isolated, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import size_text, to_json
@@ -33,9 +33,11 @@ BLOCK_SECONDS, BLOCK_TOKENS = 0.05, 32
 
 # Where the system puts a model in memory makes it faster or slower by some per cent, for as long as it is loaded. So models are
 # loaded so often, and each time a cell is measured in so many blocks of each model at least
-N_LOADS, MIN_ROUNDS = 8, 5
+N_LOADS, MIN_ROUNDS = 8, 3
 CELL_SECONDS = 16.0
 N_BOOTSTRAP = 2000
+
+MAX_TOKENS = 1 << 20
 
 # of the resources: a prompt, tokens that are generated, and how often a model is loaded
 PROMPT, GENERATED, N_PROCESSES = 128, 32, 3
@@ -150,6 +152,7 @@ def bench(
     threads: int = 0,
     limit: bool = False,
     resources: bool = True,
+    loads: int = N_LOADS,
     seconds: float = CELL_SECONDS,
 ) -> Bench:
     """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
@@ -165,14 +168,15 @@ def bench(
         threads: 0 for one on each processor that this process may use
         limit: also measure the ceiling, the same graph with constants instead of lookups
         resources: also measure memory, loading and first tokens, each model in processes of its own
-        seconds: for each batch size and context
+        loads: how often the models are loaded
+        seconds: for each batch size and context, over all loads
 
     Raises:
         FirstLayerError: a file cannot be read or run, or is not what it should be.
     """
     model, tables = open_pair(Path(source), Path(converted))
     for size in (*batches, *contexts):
-        if not 0 <= size <= MAX_NUMBER:
+        if not 0 <= size <= MAX_TOKENS:
             raise FirstLayerError(f"{size} is no batch size or length of a context")
     if not batches or not contexts or min(batches) < 1:
         raise FirstLayerError("a batch has a token at least")
@@ -189,7 +193,7 @@ def bench(
     n_batch = max(BLOCK_TOKENS, *batches)
     rng = random.Random(0)
     times: dict[tuple[int, int], list[Seconds]] = {(batch, context): [] for context in contexts for batch in batches}
-    progress = tqdm(range(N_LOADS), desc="measuring", unit="load", disable=None)
+    progress = tqdm(range(loads), desc="measuring", unit="load", disable=None)
     others = _threads()
     for _ in progress:
         for file in rng.sample([model, tables], 2):
@@ -205,7 +209,7 @@ def bench(
                 for run in runs:
                     _fill(run, tokens, context)
                 for batch in batches:
-                    times[batch, context].append(_times(runs, tokens, batch, context, seconds / N_LOADS, rng))
+                    times[batch, context].append(_times(runs, tokens, batch, context, seconds / loads, rng))
     cells = [_cell(batch, context, loads, bound(outline, kinds, batch)) for (batch, context), loads in times.items()]
     return Bench(model.path, tables.path, n_threads, pinned, cells, *taken)
 

@@ -399,10 +399,21 @@ def make(
 def bound(outline: Outline, kinds: Mapping[Site, GGMLQuantizationType], batch: int) -> float:
     """What the speed-up of a batch cannot exceed, whether it is bound by reading weights or by multiplying."""
     result = make(outline, kinds, [batch])
+    if not result.reads:
+        return 1.0
     n_bytes = sum(outline.bytes_read(use, batch) for use in outline.uses)
-    reads = result.reads[0] if result.reads else None
-    by_bytes = n_bytes / (n_bytes - reads.bytes_without + reads.bytes_with) if reads else 1.0
-    return by_bytes if batch == 1 else max(by_bytes, result.prefill_bound)
+    by_bytes = n_bytes / (n_bytes - result.reads[0].bytes_without + result.reads[0].bytes_with)
+    if batch == 1:
+        return by_bytes
+
+    def products(use: Use) -> float:
+        # the head is only computed for the last token
+        of_all = use.multiply_adds > outline.weights[use.weight].values
+        return use.multiply_adds * batch / outline.n_batch if of_all else use.multiply_adds
+
+    total = sum(map(products, outline.uses))
+    gone = sum(map(products, outline.replaced([site for site in outline.sites if site in kinds])))
+    return max(by_bytes, total / (total - gone))
 
 
 def price(outline: Outline, sites: Sequence[Site], site: Site, kind: GGMLQuantizationType) -> SitePlan:

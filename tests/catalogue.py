@@ -239,7 +239,7 @@ LLAMA = f"{BIAS}|{FREQS}"
 LLAMA3 = BIAS
 
 
-def _shape(
+def sizes(
     vocab: int, layers: int, width: int, ff: int | list[int], heads: int, heads_kv: int | list[int] | None = None, head: int = 0
 ) -> Keys:
     """The hyperparameters that all attention models have; heads of width / heads unless their size is given."""
@@ -294,7 +294,7 @@ def _swa(window: int) -> Keys:
     return {"attention.sliding_window": window}
 
 
-def _rotated(size: int) -> Keys:
+def rotated(size: int) -> Keys:
     """RoPE on a part of each head."""
     return {"rope.dimension_count": size}
 
@@ -323,14 +323,14 @@ def _gemma4(
         "embedding_length_per_layer_input": ple,
         "attention.shared_kv_layers": shared,
     }
-    return _shape(262144, layers, width, ff, heads, heads_kv, 512) | keys
+    return sizes(262144, layers, width, ff, heads, heads_kv, 512) | keys
 
 
 def _nemotron_h(pattern: str, vocab: int, width: int, ff: int, heads: int, heads_kv: int, head: int) -> Keys:
     """Each layer is only one thing: M is Mamba, * attention, and - or E a network."""
     heads_kv_of = [heads_kv if layer == "*" else 0 for layer in pattern]
     ff_of = [ff if layer in "-E" else 0 for layer in pattern]
-    return _shape(vocab, len(pattern), width, ff_of, heads, heads_kv_of, head)
+    return sizes(vocab, len(pattern), width, ff_of, heads, heads_kv_of, head)
 
 
 def _rwkv7(decay: int, iclr: int, value: int, gate: int) -> Keys:
@@ -369,17 +369,17 @@ XIELU: Keys = {"xielu.alpha_n": 0.8, "xielu.alpha_p": 0.8, "xielu.beta": 0.5, "x
 ENTRIES: tuple[Entry, ...] = (
     # Llama
     Entry(
-        "llama-1-7b", "llama", _shape(32000, 32, 4096, 11008, 32), LLAMA, 6_738_415_616, "arXiv:2302.13971, huggyllama/llama-7b"
+        "llama-1-7b", "llama", sizes(32000, 32, 4096, 11008, 32), LLAMA, 6_738_415_616, "arXiv:2302.13971, huggyllama/llama-7b"
     ),
-    Entry("llama-1-65b", "llama", _shape(32000, 80, 8192, 22016, 64), LLAMA, 65_285_660_672, "huggyllama/llama-65b"),
-    Entry("llama-2-7b", "llama", _shape(32000, 32, 4096, 11008, 32), LLAMA, 6_738_415_616, "meta-llama/Llama-2-7b-hf"),
-    Entry("llama-2-70b", "llama", _shape(32000, 80, 8192, 28672, 64, 8), LLAMA, 68_976_648_192, "meta-llama/Llama-2-70b-hf"),
-    Entry("llama-3.1-8b", "llama", _shape(128256, 32, 4096, 14336, 32, 8), LLAMA3, 8_030_261_248, "meta-llama/Llama-3.1-8B"),
-    Entry("llama-3.1-70b", "llama", _shape(128256, 80, 8192, 28672, 64, 8), LLAMA3, 70_553_706_496, "meta-llama/Llama-3.1-70B"),
+    Entry("llama-1-65b", "llama", sizes(32000, 80, 8192, 22016, 64), LLAMA, 65_285_660_672, "huggyllama/llama-65b"),
+    Entry("llama-2-7b", "llama", sizes(32000, 32, 4096, 11008, 32), LLAMA, 6_738_415_616, "meta-llama/Llama-2-7b-hf"),
+    Entry("llama-2-70b", "llama", sizes(32000, 80, 8192, 28672, 64, 8), LLAMA, 68_976_648_192, "meta-llama/Llama-2-70b-hf"),
+    Entry("llama-3.1-8b", "llama", sizes(128256, 32, 4096, 14336, 32, 8), LLAMA3, 8_030_261_248, "meta-llama/Llama-3.1-8B"),
+    Entry("llama-3.1-70b", "llama", sizes(128256, 80, 8192, 28672, 64, 8), LLAMA3, 70_553_706_496, "meta-llama/Llama-3.1-70B"),
     Entry(
         "llama-3.1-405b",
         "llama",
-        _shape(128256, 126, 16384, 53248, 128, 8),
+        sizes(128256, 126, 16384, 53248, 128, 8),
         LLAMA3,
         405_853_388_800,
         "meta-llama/Llama-3.1-405B",
@@ -387,7 +387,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "llama-3.2-1b",
         "llama",
-        _shape(128256, 16, 2048, 8192, 32, 8),
+        sizes(128256, 16, 2048, 8192, 32, 8),
         f"{LLAMA3}|{TIED}",
         1_235_814_400,
         "meta-llama/Llama-3.2-1B",
@@ -395,7 +395,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "llama-3.2-3b",
         "llama",
-        _shape(128256, 28, 3072, 8192, 24, 8),
+        sizes(128256, 28, 3072, 8192, 24, 8),
         f"{LLAMA3}|{TIED}",
         3_212_749_824,
         "meta-llama/Llama-3.2-3B",
@@ -403,7 +403,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "llama-4-scout",
         "llama4",
-        _shape(202048, 48, 5120, 16384, 40, 8, 128) | _experts(16, 1, 8192) | {"interleave_moe_layer_step": 1},
+        sizes(202048, 48, 5120, 16384, 40, 8, 128) | _experts(16, 1, 8192) | {"interleave_moe_layer_step": 1},
         QKV,
         107.77e9,
         "meta-llama/Llama-4-Scout-17B-16E, without vision",
@@ -411,7 +411,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "llama-4-maverick",
         "llama4",
-        _shape(202048, 48, 5120, 16384, 40, 8, 128) | _experts(128, 1, 8192) | {"interleave_moe_layer_step": 2},
+        sizes(202048, 48, 5120, 16384, 40, 8, 128) | _experts(128, 1, 8192) | {"interleave_moe_layer_step": 2},
         f"{QKV}|{FREQS}",
         400_711_848_960,
         "meta-llama/Llama-4-Maverick-17B-128E, without vision",
@@ -419,17 +419,17 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "tinyllama-1.1b",
         "llama",
-        _shape(32000, 22, 2048, 5632, 32, 4),
+        sizes(32000, 22, 2048, 5632, 32, 4),
         LLAMA,
         1_100_048_384,
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     ),
-    Entry("llama-68m", "llama", _shape(32000, 2, 768, 3072, 12), LLAMA, 68_030_208, "JackFram/llama-68m"),
-    Entry("llama-160m", "llama", _shape(32000, 12, 768, 3072, 12), LLAMA, 162_417_408, "JackFram/llama-160m"),
+    Entry("llama-68m", "llama", sizes(32000, 2, 768, 3072, 12), LLAMA, 68_030_208, "JackFram/llama-68m"),
+    Entry("llama-160m", "llama", sizes(32000, 12, 768, 3072, 12), LLAMA, 162_417_408, "JackFram/llama-160m"),
     Entry(
         "smollm2-135m",
         "llama",
-        _shape(49152, 30, 576, 1536, 9, 3),
+        sizes(49152, 30, 576, 1536, 9, 3),
         f"{LLAMA}|{TIED}",
         134_515_008,
         "HuggingFaceTB/SmolLM2-135M",
@@ -437,7 +437,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "smollm2-360m",
         "llama",
-        _shape(49152, 32, 960, 2560, 15, 5),
+        sizes(49152, 32, 960, 2560, 15, 5),
         f"{LLAMA}|{TIED}",
         361_821_120,
         "HuggingFaceTB/SmolLM2-360M",
@@ -445,7 +445,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "smollm2-1.7b",
         "llama",
-        _shape(49152, 24, 2048, 8192, 32),
+        sizes(49152, 24, 2048, 8192, 32),
         f"{LLAMA}|{TIED}",
         1_711_376_384,
         "HuggingFaceTB/SmolLM2-1.7B",
@@ -453,20 +453,20 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "smollm3-3b",
         "smollm3",
-        _shape(128256, 36, 2048, 11008, 16, 4),
+        sizes(128256, 36, 2048, 11008, 16, 4),
         f"{QKV}|{TIED}",
         3_075_098_624,
         "HuggingFaceTB/SmolLM3-3B",
     ),
-    Entry("yi-6b", "llama", _shape(64000, 32, 4096, 11008, 32, 4), LLAMA, 6_061_035_520, "01-ai/Yi-6B"),
-    Entry("yi-34b", "llama", _shape(64000, 60, 7168, 20480, 56, 8), LLAMA, 34_388_917_248, "01-ai/Yi-34B"),
-    Entry("solar-10.7b", "llama", _shape(32000, 48, 4096, 14336, 32, 8), LLAMA, 10_731_524_096, "upstage/SOLAR-10.7B-v1.0"),
+    Entry("yi-6b", "llama", sizes(64000, 32, 4096, 11008, 32, 4), LLAMA, 6_061_035_520, "01-ai/Yi-6B"),
+    Entry("yi-34b", "llama", sizes(64000, 60, 7168, 20480, 56, 8), LLAMA, 34_388_917_248, "01-ai/Yi-34B"),
+    Entry("solar-10.7b", "llama", sizes(32000, 48, 4096, 14336, 32, 8), LLAMA, 10_731_524_096, "upstage/SOLAR-10.7B-v1.0"),
     # Mistral
-    Entry("mistral-7b-v0.1", "llama", _shape(32000, 32, 4096, 14336, 32, 8), LLAMA, 7_241_732_096, "mistralai/Mistral-7B-v0.1"),
+    Entry("mistral-7b-v0.1", "llama", sizes(32000, 32, 4096, 14336, 32, 8), LLAMA, 7_241_732_096, "mistralai/Mistral-7B-v0.1"),
     Entry(
         "mistral-nemo-12b",
         "llama",
-        _shape(131072, 40, 5120, 14336, 32, 8, 128),
+        sizes(131072, 40, 5120, 14336, 32, 8, 128),
         LLAMA,
         12_247_782_400,
         "mistralai/Mistral-Nemo-Base-2407",
@@ -474,7 +474,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mistral-small-24b",
         "llama",
-        _shape(131072, 40, 5120, 32768, 32, 8, 128),
+        sizes(131072, 40, 5120, 32768, 32, 8, 128),
         LLAMA,
         23_572_403_200,
         "mistralai/Mistral-Small-24B-Base-2501",
@@ -482,7 +482,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mistral-large-123b",
         "llama",
-        _shape(32768, 88, 12288, 28672, 96, 8),
+        sizes(32768, 88, 12288, 28672, 96, 8),
         LLAMA,
         122_610_069_504,
         "mistralai/Mistral-Large-Instruct-2407",
@@ -490,7 +490,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "ministral-8b",
         "llama",
-        _shape(131072, 36, 4096, 12288, 32, 8),
+        sizes(131072, 36, 4096, 12288, 32, 8),
         LLAMA,
         8_019_808_256,
         "mistralai/Ministral-8B-Instruct-2410",
@@ -498,7 +498,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mixtral-8x7b",
         "llama",
-        _shape(32000, 32, 4096, 14336, 32, 8) | _experts(8, 2),
+        sizes(32000, 32, 4096, 14336, 32, 8) | _experts(8, 2),
         LLAMA,
         46_702_792_704,
         "mistralai/Mixtral-8x7B-v0.1",
@@ -506,24 +506,24 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mixtral-8x22b",
         "llama",
-        _shape(32000, 56, 6144, 16384, 48, 8) | _experts(8, 2),
+        sizes(32000, 56, 6144, 16384, 48, 8) | _experts(8, 2),
         LLAMA,
         140_620_634_112,
         "mistralai/Mixtral-8x22B-v0.1",
     ),
     # Qwen
-    Entry("qwen2-0.5b", "qwen2", _shape(151936, 24, 896, 4864, 14, 2), TIED, 494_032_768, "Qwen/Qwen2-0.5B"),
-    Entry("qwen2-7b", "qwen2", _shape(152064, 28, 3584, 18944, 28, 4), r"^output\.bias", 7_615_616_512, "Qwen/Qwen2-7B"),
-    Entry("qwen2.5-0.5b", "qwen2", _shape(151936, 24, 896, 4864, 14, 2), TIED, 494_032_768, "Qwen/Qwen2.5-0.5B"),
-    Entry("qwen2.5-1.5b", "qwen2", _shape(151936, 28, 1536, 8960, 12, 2), TIED, 1_543_714_304, "Qwen/Qwen2.5-1.5B"),
-    Entry("qwen2.5-3b", "qwen2", _shape(151936, 36, 2048, 11008, 16, 2), TIED, 3_085_938_688, "Qwen/Qwen2.5-3B"),
-    Entry("qwen2.5-7b", "qwen2", _shape(152064, 28, 3584, 18944, 28, 4), r"^output\.bias", 7_615_616_512, "Qwen/Qwen2.5-7B"),
-    Entry("qwen2.5-32b", "qwen2", _shape(152064, 64, 5120, 27648, 40, 8), r"^output\.bias", 32_763_876_352, "Qwen/Qwen2.5-32B"),
-    Entry("qwen2.5-72b", "qwen2", _shape(152064, 80, 8192, 29568, 64, 8), r"^output\.bias", 72_706_203_648, "Qwen/Qwen2.5-72B"),
+    Entry("qwen2-0.5b", "qwen2", sizes(151936, 24, 896, 4864, 14, 2), TIED, 494_032_768, "Qwen/Qwen2-0.5B"),
+    Entry("qwen2-7b", "qwen2", sizes(152064, 28, 3584, 18944, 28, 4), r"^output\.bias", 7_615_616_512, "Qwen/Qwen2-7B"),
+    Entry("qwen2.5-0.5b", "qwen2", sizes(151936, 24, 896, 4864, 14, 2), TIED, 494_032_768, "Qwen/Qwen2.5-0.5B"),
+    Entry("qwen2.5-1.5b", "qwen2", sizes(151936, 28, 1536, 8960, 12, 2), TIED, 1_543_714_304, "Qwen/Qwen2.5-1.5B"),
+    Entry("qwen2.5-3b", "qwen2", sizes(151936, 36, 2048, 11008, 16, 2), TIED, 3_085_938_688, "Qwen/Qwen2.5-3B"),
+    Entry("qwen2.5-7b", "qwen2", sizes(152064, 28, 3584, 18944, 28, 4), r"^output\.bias", 7_615_616_512, "Qwen/Qwen2.5-7B"),
+    Entry("qwen2.5-32b", "qwen2", sizes(152064, 64, 5120, 27648, 40, 8), r"^output\.bias", 32_763_876_352, "Qwen/Qwen2.5-32B"),
+    Entry("qwen2.5-72b", "qwen2", sizes(152064, 80, 8192, 29568, 64, 8), r"^output\.bias", 72_706_203_648, "Qwen/Qwen2.5-72B"),
     Entry(
         "qwen1.5-moe-a2.7b",
         "qwen2moe",
-        _shape(151936, 24, 2048, 5632, 16) | _experts(60, 4, 1408, shared_ff=5632),
+        sizes(151936, 24, 2048, 5632, 16) | _experts(60, 4, 1408, shared_ff=5632),
         "",
         14_315_784_192,
         "Qwen/Qwen1.5-MoE-A2.7B",
@@ -531,31 +531,29 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen2-57b-a14b",
         "qwen2moe",
-        _shape(151936, 28, 3584, 18944, 28, 4) | _experts(64, 8, 2560, shared_ff=20480),
+        sizes(151936, 28, 3584, 18944, 28, 4) | _experts(64, 8, 2560, shared_ff=20480),
         "",
         57_408_658_944,
         "Qwen/Qwen2-57B-A14B",
     ),
     Entry(
-        "qwen3-0.6b", "qwen3", _shape(151936, 28, 1024, 3072, 16, 8, 128), f"^cls|{QKV}|{TIED}", 596_049_920, "Qwen/Qwen3-0.6B"
+        "qwen3-0.6b", "qwen3", sizes(151936, 28, 1024, 3072, 16, 8, 128), f"^cls|{QKV}|{TIED}", 596_049_920, "Qwen/Qwen3-0.6B"
     ),
     Entry(
         "qwen3-1.7b",
         "qwen3",
-        _shape(151936, 28, 2048, 6144, 16, 8, 128),
+        sizes(151936, 28, 2048, 6144, 16, 8, 128),
         f"^cls|{QKV}|{TIED}",
         1_720_574_976,
         "Qwen/Qwen3-1.7B",
     ),
-    Entry(
-        "qwen3-4b", "qwen3", _shape(151936, 36, 2560, 9728, 32, 8, 128), f"^cls|{QKV}|{TIED}", 4_022_468_096, "Qwen/Qwen3-4B"
-    ),
-    Entry("qwen3-8b", "qwen3", _shape(151936, 36, 4096, 12288, 32, 8, 128), f"^cls|{QKV}", 8_190_735_360, "Qwen/Qwen3-8B"),
-    Entry("qwen3-32b", "qwen3", _shape(151936, 64, 5120, 25600, 64, 8, 128), f"^cls|{QKV}", 32_762_123_264, "Qwen/Qwen3-32B"),
+    Entry("qwen3-4b", "qwen3", sizes(151936, 36, 2560, 9728, 32, 8, 128), f"^cls|{QKV}|{TIED}", 4_022_468_096, "Qwen/Qwen3-4B"),
+    Entry("qwen3-8b", "qwen3", sizes(151936, 36, 4096, 12288, 32, 8, 128), f"^cls|{QKV}", 8_190_735_360, "Qwen/Qwen3-8B"),
+    Entry("qwen3-32b", "qwen3", sizes(151936, 64, 5120, 25600, 64, 8, 128), f"^cls|{QKV}", 32_762_123_264, "Qwen/Qwen3-32B"),
     Entry(
         "qwen3-30b-a3b",
         "qwen3moe",
-        _shape(151936, 48, 2048, 6144, 32, 4, 128) | _experts(128, 8, 768),
+        sizes(151936, 48, 2048, 6144, 32, 4, 128) | _experts(128, 8, 768),
         QKV,
         30_532_122_624,
         "Qwen/Qwen3-30B-A3B",
@@ -563,7 +561,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3-235b-a22b",
         "qwen3moe",
-        _shape(151936, 94, 4096, 12288, 64, 4, 128) | _experts(128, 8, 1536),
+        sizes(151936, 94, 4096, 12288, 64, 4, 128) | _experts(128, 8, 1536),
         QKV,
         235_093_634_560,
         "Qwen/Qwen3-235B-A22B",
@@ -571,7 +569,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3-coder-480b-a35b",
         "qwen3moe",
-        _shape(151936, 62, 6144, 8192, 96, 8, 128) | _experts(160, 8, 2560),
+        sizes(151936, 62, 6144, 8192, 96, 8, 128) | _experts(160, 8, 2560),
         QKV,
         480_154_875_392,
         "Qwen/Qwen3-Coder-480B-A35B-Instruct",
@@ -579,9 +577,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3-next-80b-a3b",
         "qwen3next",
-        _shape(151936, 48, 2048, 5120, 16, 2, 256)
+        sizes(151936, 48, 2048, 5120, 16, 2, 256)
         | _experts(512, 10, 512, shared_ff=512)
-        | _rotated(64)
+        | rotated(64)
         | _ssm(4096, 128, 32, 16),
         f"{QKV}|ssm_in",
         79_674_391_296,
@@ -590,7 +588,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-0.8b",
         "qwen35",
-        _shape(248320, 24, 1024, 3584, 8, 2, 256) | _rotated(64) | MROPE | _ssm(2048, 128, 16, 16),
+        sizes(248320, 24, 1024, 3584, 8, 2, 256) | rotated(64) | MROPE | _ssm(2048, 128, 16, 16),
         f"{QKV}|{TIED}",
         752_393_024,
         "Qwen/Qwen3.5-0.8B, without vision and multi-token prediction",
@@ -598,7 +596,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-4b",
         "qwen35",
-        _shape(248320, 32, 2560, 9216, 16, 4, 256) | _rotated(64) | MROPE | _ssm(4096, 128, 32, 16),
+        sizes(248320, 32, 2560, 9216, 16, 4, 256) | rotated(64) | MROPE | _ssm(4096, 128, 32, 16),
         f"{QKV}|{TIED}",
         4_205_751_296,
         "Qwen/Qwen3.5-4B, without vision and multi-token prediction",
@@ -606,7 +604,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-9b",
         "qwen35",
-        _shape(248320, 32, 4096, 12288, 16, 4, 256) | _rotated(64) | MROPE | _ssm(4096, 128, 32, 16),
+        sizes(248320, 32, 4096, 12288, 16, 4, 256) | rotated(64) | MROPE | _ssm(4096, 128, 32, 16),
         QKV,
         8_953_803_264,
         "Qwen/Qwen3.5-9B, without vision and multi-token prediction",
@@ -614,7 +612,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-27b",
         "qwen35",
-        _shape(248320, 64, 5120, 17408, 24, 4, 256) | _rotated(64) | MROPE | _ssm(6144, 128, 48, 16),
+        sizes(248320, 64, 5120, 17408, 24, 4, 256) | rotated(64) | MROPE | _ssm(6144, 128, 48, 16),
         QKV,
         26_895_998_464,
         "Qwen/Qwen3.5-27B, without vision and multi-token prediction",
@@ -622,9 +620,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-35b-a3b",
         "qwen35moe",
-        _shape(248320, 40, 2048, 512, 16, 2, 256)
+        sizes(248320, 40, 2048, 512, 16, 2, 256)
         | _experts(256, 8, 512, shared_ff=512)
-        | _rotated(64)
+        | rotated(64)
         | MROPE
         | _ssm(4096, 128, 32, 16),
         QKV,
@@ -634,9 +632,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-122b-a10b",
         "qwen35moe",
-        _shape(248320, 48, 3072, 1024, 32, 2, 256)
+        sizes(248320, 48, 3072, 1024, 32, 2, 256)
         | _experts(256, 8, 1024, shared_ff=1024)
-        | _rotated(64)
+        | rotated(64)
         | MROPE
         | _ssm(8192, 128, 64, 16),
         QKV,
@@ -646,9 +644,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "qwen3.5-397b-a17b",
         "qwen35moe",
-        _shape(248320, 60, 4096, 1024, 32, 2, 256)
+        sizes(248320, 60, 4096, 1024, 32, 2, 256)
         | _experts(512, 10, 1024, shared_ff=1024)
-        | _rotated(64)
+        | rotated(64)
         | MROPE
         | _ssm(8192, 128, 64, 16),
         QKV,
@@ -656,15 +654,15 @@ ENTRIES: tuple[Entry, ...] = (
         "Qwen/Qwen3.5-397B-A17B, without vision and multi-token prediction",
     ),
     # Gemma
-    Entry("gemma-2b", "gemma", _shape(256000, 18, 2048, 16384, 8, 1, 256), QKV, 2_506_172_416, "google/gemma-2b"),
-    Entry("gemma-7b", "gemma", _shape(256000, 28, 3072, 24576, 16, 16, 256), QKV, 8_537_680_896, "google/gemma-7b"),
-    Entry("gemma-2-2b", "gemma2", _shape(256000, 26, 2304, 9216, 8, 4, 256), QKV, 2_614_341_888, "google/gemma-2-2b"),
-    Entry("gemma-2-9b", "gemma2", _shape(256000, 42, 3584, 14336, 16, 8, 256), QKV, 9_241_705_984, "google/gemma-2-9b"),
-    Entry("gemma-2-27b", "gemma2", _shape(256000, 46, 4608, 36864, 32, 16, 128), QKV, 27_227_128_320, "google/gemma-2-27b"),
+    Entry("gemma-2b", "gemma", sizes(256000, 18, 2048, 16384, 8, 1, 256), QKV, 2_506_172_416, "google/gemma-2b"),
+    Entry("gemma-7b", "gemma", sizes(256000, 28, 3072, 24576, 16, 16, 256), QKV, 8_537_680_896, "google/gemma-7b"),
+    Entry("gemma-2-2b", "gemma2", sizes(256000, 26, 2304, 9216, 8, 4, 256), QKV, 2_614_341_888, "google/gemma-2-2b"),
+    Entry("gemma-2-9b", "gemma2", sizes(256000, 42, 3584, 14336, 16, 8, 256), QKV, 9_241_705_984, "google/gemma-2-9b"),
+    Entry("gemma-2-27b", "gemma2", sizes(256000, 46, 4608, 36864, 32, 16, 128), QKV, 27_227_128_320, "google/gemma-2-27b"),
     Entry(
         "gemma-3-270m",
         "gemma3",
-        _shape(262144, 18, 640, 2048, 4, 1, 256) | _swa(512),
+        sizes(262144, 18, 640, 2048, 4, 1, 256) | _swa(512),
         GEMMA3,
         268_098_176,
         "google/gemma-3-270m",
@@ -672,7 +670,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3-1b",
         "gemma3",
-        _shape(262144, 26, 1152, 6912, 4, 1, 256) | _swa(512),
+        sizes(262144, 26, 1152, 6912, 4, 1, 256) | _swa(512),
         GEMMA3,
         999_885_952,
         "google/gemma-3-1b-pt",
@@ -680,7 +678,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3-4b",
         "gemma3",
-        _shape(262208, 34, 2560, 10240, 8, 4, 256) | _swa(1024),
+        sizes(262208, 34, 2560, 10240, 8, 4, 256) | _swa(1024),
         GEMMA3,
         3_880_263_168,
         "google/gemma-3-4b-pt, without vision",
@@ -688,7 +686,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3-12b",
         "gemma3",
-        _shape(262208, 48, 3840, 15360, 16, 8, 256) | _swa(1024),
+        sizes(262208, 48, 3840, 15360, 16, 8, 256) | _swa(1024),
         GEMMA3,
         11_766_034_176,
         "google/gemma-3-12b-pt, without vision",
@@ -696,7 +694,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3-27b",
         "gemma3",
-        _shape(262208, 62, 5376, 21504, 32, 16, 128) | _swa(1024),
+        sizes(262208, 62, 5376, 21504, 32, 16, 128) | _swa(1024),
         GEMMA3,
         27_009_346_304,
         "google/gemma-3-27b-pt, without vision",
@@ -704,7 +702,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3n-e2b",
         "gemma3n",
-        _shape(262400, 30, 2048, 8192, 8, 2, 256) | _swa(512),
+        sizes(262400, 30, 2048, 8192, 8, 2, 256) | _swa(512),
         f"{QKV}|{TIED}",
         4.46e9,
         "google/gemma-3n-E2B, text",
@@ -712,7 +710,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gemma-3n-e4b",
         "gemma3n",
-        _shape(262400, 35, 2048, 16384, 8, 2, 256) | _swa(512),
+        sizes(262400, 35, 2048, 16384, 8, 2, 256) | _swa(512),
         f"{QKV}|{TIED}",
         6.87e9,
         "google/gemma-3n-E4B, text",
@@ -743,13 +741,13 @@ ENTRIES: tuple[Entry, ...] = (
         "google/gemma-4-31B, text",
     ),
     # Phi
-    Entry("phi-1", "phi2", _shape(51200, 24, 2048, 8192, 32) | _rotated(32), "", 1_418_270_720, "microsoft/phi-1"),
-    Entry("phi-1.5", "phi2", _shape(51200, 24, 2048, 8192, 32) | _rotated(32), "", 1_418_270_720, "microsoft/phi-1_5"),
-    Entry("phi-2", "phi2", _shape(51200, 32, 2560, 10240, 32) | _rotated(32), "", 2_779_683_840, "microsoft/phi-2"),
+    Entry("phi-1", "phi2", sizes(51200, 24, 2048, 8192, 32) | rotated(32), "", 1_418_270_720, "microsoft/phi-1"),
+    Entry("phi-1.5", "phi2", sizes(51200, 24, 2048, 8192, 32) | rotated(32), "", 1_418_270_720, "microsoft/phi-1_5"),
+    Entry("phi-2", "phi2", sizes(51200, 32, 2560, 10240, 32) | rotated(32), "", 2_779_683_840, "microsoft/phi-2"),
     Entry(
         "phi-3-mini-4k",
         "phi3",
-        _shape(32064, 32, 3072, 8192, 32),
+        sizes(32064, 32, 3072, 8192, 32),
         f"{QKV}|{FACTORS}",
         3_821_079_552,
         "microsoft/Phi-3-mini-4k-instruct",
@@ -757,7 +755,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "phi-3-medium-4k",
         "phi3",
-        _shape(32064, 40, 5120, 17920, 40, 10),
+        sizes(32064, 40, 5120, 17920, 40, 10),
         f"{QKV}|{FACTORS}",
         13_960_238_080,
         "microsoft/Phi-3-medium-4k-instruct",
@@ -765,27 +763,27 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "phi-3.5-moe",
         "phimoe",
-        _shape(32064, 32, 4096, 6400, 32, 8) | _experts(16, 2),
+        sizes(32064, 32, 4096, 6400, 32, 8) | _experts(16, 2),
         "",
         41_873_153_344,
         "microsoft/Phi-3.5-MoE-instruct",
     ),
-    Entry("phi-4", "phi3", _shape(100352, 40, 5120, 17920, 40, 10), f"{QKV}|{FACTORS}", 14_659_507_200, "microsoft/phi-4"),
+    Entry("phi-4", "phi3", sizes(100352, 40, 5120, 17920, 40, 10), f"{QKV}|{FACTORS}", 14_659_507_200, "microsoft/phi-4"),
     Entry(
         "phi-4-mini",
         "phi3",
-        _shape(200064, 32, 3072, 8192, 24, 8) | _rotated(96),
+        sizes(200064, 32, 3072, 8192, 24, 8) | rotated(96),
         f"{QKV}|{TIED}",
         3_836_021_760,
         "microsoft/Phi-4-mini-instruct",
     ),
     # parallel residuals
-    Entry("falcon-7b", "falcon", _shape(65024, 32, 4544, 18176, 71, 1), "attn_norm_2", 7_217_189_760, "tiiuae/falcon-7b"),
-    Entry("falcon-40b", "falcon", _shape(65024, 60, 8192, 32768, 128, 8), "", 41_835_970_560, "tiiuae/falcon-40b"),
+    Entry("falcon-7b", "falcon", sizes(65024, 32, 4544, 18176, 71, 1), "attn_norm_2", 7_217_189_760, "tiiuae/falcon-7b"),
+    Entry("falcon-40b", "falcon", sizes(65024, 60, 8192, 32768, 128, 8), "", 41_835_970_560, "tiiuae/falcon-40b"),
     Entry(
         "pythia-70m",
         "gptneox",
-        _shape(50304, 6, 512, 2048, 8) | _rotated(16) | PARALLEL,
+        sizes(50304, 6, 512, 2048, 8) | rotated(16) | PARALLEL,
         "",
         70_426_624,
         "EleutherAI/pythia-70m",
@@ -793,7 +791,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "pythia-160m",
         "gptneox",
-        _shape(50304, 12, 768, 3072, 12) | _rotated(16) | PARALLEL,
+        sizes(50304, 12, 768, 3072, 12) | rotated(16) | PARALLEL,
         "",
         162_322_944,
         "EleutherAI/pythia-160m",
@@ -801,7 +799,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "pythia-1b",
         "gptneox",
-        _shape(50304, 16, 2048, 8192, 8) | _rotated(64) | PARALLEL,
+        sizes(50304, 16, 2048, 8192, 8) | rotated(64) | PARALLEL,
         "",
         1_011_781_632,
         "EleutherAI/pythia-1b",
@@ -809,7 +807,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "pythia-6.9b",
         "gptneox",
-        _shape(50432, 32, 4096, 16384, 32) | _rotated(32) | PARALLEL,
+        sizes(50432, 32, 4096, 16384, 32) | rotated(32) | PARALLEL,
         "",
         6_857_302_016,
         "EleutherAI/pythia-6.9b",
@@ -817,7 +815,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "pythia-12b",
         "gptneox",
-        _shape(50688, 36, 5120, 20480, 40) | _rotated(32) | PARALLEL,
+        sizes(50688, 36, 5120, 20480, 40) | rotated(32) | PARALLEL,
         "",
         11_846_072_320,
         "EleutherAI/pythia-12b",
@@ -825,18 +823,18 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gpt-neox-20b",
         "gptneox",
-        _shape(50432, 44, 6144, 24576, 64) | _rotated(24) | PARALLEL,
+        sizes(50432, 44, 6144, 24576, 64) | rotated(24) | PARALLEL,
         "",
         20_554_567_680,
         "EleutherAI/gpt-neox-20b",
     ),
     Entry(
-        "command-r-35b", "command-r", _shape(256000, 40, 8192, 22528, 64), QKV, 34_980_831_232, "CohereForAI/c4ai-command-r-v01"
+        "command-r-35b", "command-r", sizes(256000, 40, 8192, 22528, 64), QKV, 34_980_831_232, "CohereForAI/c4ai-command-r-v01"
     ),
     Entry(
         "command-r-plus-104b",
         "command-r",
-        _shape(256000, 64, 12288, 33792, 96, 8),
+        sizes(256000, 64, 12288, 33792, 96, 8),
         QKV,
         103_810_674_688,
         "CohereForAI/c4ai-command-r-plus",
@@ -844,18 +842,18 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "command-r7b",
         "cohere2",
-        _shape(256000, 32, 4096, 14336, 32, 8) | _swa(4096) | {"logit_scale": 0.25},
+        sizes(256000, 32, 4096, 14336, 32, 8) | _swa(4096) | {"logit_scale": 0.25},
         QKV,
         8_028_033_024,
         "CohereForAI/c4ai-command-r7b-12-2024",
     ),
     Entry(
-        "aya-expanse-8b", "command-r", _shape(256000, 32, 4096, 14336, 32, 8), QKV, 8_028_033_024, "CohereForAI/aya-expanse-8b"
+        "aya-expanse-8b", "command-r", sizes(256000, 32, 4096, 14336, 32, 8), QKV, 8_028_033_024, "CohereForAI/aya-expanse-8b"
     ),
     Entry(
         "aya-expanse-32b",
         "command-r",
-        _shape(256000, 40, 8192, 24576, 64, 8),
+        sizes(256000, 40, 8192, 24576, 64, 8),
         QKV,
         32_296_476_672,
         "CohereForAI/aya-expanse-32b",
@@ -863,7 +861,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "stablelm-3b-4e1t",
         "stablelm",
-        _shape(50304, 32, 2560, 6912, 32) | _rotated(20),
+        sizes(50304, 32, 2560, 6912, 32) | rotated(20),
         f"{QKV}|attn_[qk]_norm",
         2_795_443_200,
         "stabilityai/stablelm-3b-4e1t",
@@ -871,7 +869,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "stablelm-2-1.6b",
         "stablelm",
-        _shape(100352, 24, 2048, 5632, 32) | _rotated(16),
+        sizes(100352, 24, 2048, 5632, 32) | rotated(16),
         "attn_[qk]_norm",
         1_644_515_328,
         "stabilityai/stablelm-2-1_6b",
@@ -879,40 +877,40 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "stablelm-2-12b",
         "stablelm",
-        _shape(100352, 40, 5120, 13824, 32, 8) | _rotated(40),
+        sizes(100352, 40, 5120, 13824, 32, 8) | rotated(40),
         f"{QKV}|ffn_norm",
         12_143_185_920,
         "stabilityai/stablelm-2-12b",
     ),
     # ALiBi, and positions as vectors
-    Entry("bloom-560m", "bloom", _shape(250880, 24, 1024, 4096, 16), TIED, 559_214_592, "bigscience/bloom-560m"),
-    Entry("bloom-7b1", "bloom", _shape(250880, 30, 4096, 16384, 32), TIED, 7_069_016_064, "bigscience/bloom-7b1"),
-    Entry("bloom-176b", "bloom", _shape(250880, 70, 14336, 57344, 112), TIED, 176_247_271_424, "bigscience/bloom"),
+    Entry("bloom-560m", "bloom", sizes(250880, 24, 1024, 4096, 16), TIED, 559_214_592, "bigscience/bloom-560m"),
+    Entry("bloom-7b1", "bloom", sizes(250880, 30, 4096, 16384, 32), TIED, 7_069_016_064, "bigscience/bloom-7b1"),
+    Entry("bloom-176b", "bloom", sizes(250880, 70, 14336, 57344, 112), TIED, 176_247_271_424, "bigscience/bloom"),
     Entry(
         "mpt-7b",
         "mpt",
-        _shape(50432, 32, 4096, 16384, 32) | {"context_length": 2048, "attention.max_alibi_bias": 8.0},
+        sizes(50432, 32, 4096, 16384, 32) | {"context_length": 2048, "attention.max_alibi_bias": 8.0},
         rf"\.bias|attn_[qk]_norm|ffn\.act|position_embd|{TIED}",
         6_649_286_656,
         "mosaicml/mpt-7b",
     ),
     Entry(
-        "gpt2", "gpt2", _shape(50257, 12, 768, 3072, 12) | {"context_length": 1024}, TIED, 124_439_808, "openai-community/gpt2"
+        "gpt2", "gpt2", sizes(50257, 12, 768, 3072, 12) | {"context_length": 1024}, TIED, 124_439_808, "openai-community/gpt2"
     ),
     Entry(
         "gpt2-xl",
         "gpt2",
-        _shape(50257, 48, 1600, 6400, 25) | {"context_length": 1024},
+        sizes(50257, 48, 1600, 6400, 25) | {"context_length": 1024},
         TIED,
         1_557_611_200,
         "openai-community/gpt2-xl",
     ),
-    Entry("starcoder2-3b", "starcoder2", _shape(49152, 30, 3072, 12288, 24, 2), TIED, 3_030_371_328, "bigcode/starcoder2-3b"),
+    Entry("starcoder2-3b", "starcoder2", sizes(49152, 30, 3072, 12288, 24, 2), TIED, 3_030_371_328, "bigcode/starcoder2-3b"),
     # recurrent and hybrid
     Entry(
         "mamba-130m",
         "mamba",
-        _shape(50280, 24, 768, 0, 0) | _ssm(1536, 16, 48),
+        sizes(50280, 24, 768, 0, 0) | _ssm(1536, 16, 48),
         TIED,
         129_135_360,
         "state-spaces/mamba-130m-hf",
@@ -920,7 +918,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mamba-2.8b",
         "mamba",
-        _shape(50280, 64, 2560, 0, 0) | _ssm(5120, 16, 160),
+        sizes(50280, 64, 2560, 0, 0) | _ssm(5120, 16, 160),
         TIED,
         2_768_345_600,
         "state-spaces/mamba-2.8b-hf",
@@ -928,7 +926,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mamba2-130m",
         "mamba2",
-        _shape(50288, 24, 768, 0, 0) | _ssm(1536, 128, 24, 1),
+        sizes(50288, 24, 768, 0, 0) | _ssm(1536, 128, 24, 1),
         TIED,
         128_989_632,
         "state-spaces/mamba2-130m",
@@ -936,7 +934,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "mamba2-2.7b",
         "mamba2",
-        _shape(50288, 64, 2560, 0, 0) | _ssm(5120, 128, 80, 1),
+        sizes(50288, 64, 2560, 0, 0) | _ssm(5120, 128, 80, 1),
         TIED,
         2_702_599_680,
         "state-spaces/mamba2-2.7b",
@@ -944,7 +942,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "falcon-mamba-7b",
         "mamba",
-        _shape(65024, 64, 4096, 0, 0) | _ssm(8192, 16, 256) | {"ssm.dt_b_c_rms": True},
+        sizes(65024, 64, 4096, 0, 0) | _ssm(8192, 16, 256) | {"ssm.dt_b_c_rms": True},
         "",
         7_272_665_088,
         "tiiuae/falcon-mamba-7b",
@@ -952,7 +950,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "falcon-h1-0.5b",
         "falcon-h1",
-        _shape(32784, 36, 1024, 2048, 8, 2, 64) | _ssm(1536, 128, 24, 1),
+        sizes(32784, 36, 1024, 2048, 8, 2, 64) | _ssm(1536, 128, 24, 1),
         f"{LLAMA}|ssm_norm",
         521_411_104,
         "tiiuae/Falcon-H1-0.5B-Base",
@@ -960,7 +958,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "falcon-h1-7b",
         "falcon-h1",
-        _shape(130048, 44, 3072, 12288, 12, 2, 128) | _ssm(3072, 256, 24, 1),
+        sizes(130048, 44, 3072, 12288, 12, 2, 128) | _ssm(3072, 256, 24, 1),
         LLAMA,
         7.59e9,
         "tiiuae/Falcon-H1-7B-Base",
@@ -968,7 +966,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "falcon-h1-34b",
         "falcon-h1",
-        _shape(261120, 72, 5120, 21504, 20, 4, 128) | _ssm(4096, 256, 32, 2),
+        sizes(261120, 72, 5120, 21504, 20, 4, 128) | _ssm(4096, 256, 32, 2),
         LLAMA,
         33_642_516_224,
         "tiiuae/Falcon-H1-34B-Base",
@@ -976,7 +974,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "granite-4.0-h-tiny",
         "granitehybrid",
-        _shape(100352, 40, 1536, 512, 12, [4 * (i in (5, 15, 25, 35)) for i in range(40)])
+        sizes(100352, 40, 1536, 512, 12, [4 * (i in (5, 15, 25, 35)) for i in range(40)])
         | _experts(64, 6, shared_ff=1024)
         | _ssm(3072, 128, 48, 1)
         | _granite(6.0, 0.0078125)
@@ -988,7 +986,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "granite-4.0-h-small",
         "granitehybrid",
-        _shape(100352, 40, 4096, 768, 32, [8 * (i in (5, 15, 25, 35)) for i in range(40)])
+        sizes(100352, 40, 4096, 768, 32, [8 * (i in (5, 15, 25, 35)) for i in range(40)])
         | _experts(72, 10, shared_ff=1536)
         | _ssm(8192, 128, 128, 1)
         | _granite(16.0, 0.0078125)
@@ -1000,7 +998,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "jamba-mini",
         "jamba",
-        _shape(65536, 32, 4096, 14336, 32, [0, 0, 0, 0, 8, 0, 0, 0] * 4) | _experts(16, 2) | _ssm(8192, 16, 256),
+        sizes(65536, 32, 4096, 14336, 32, [0, 0, 0, 0, 8, 0, 0, 0] * 4) | _experts(16, 2) | _ssm(8192, 16, 256),
         rf"{QKV}|blk\.\d*[02468]\.ffn_(gate_inp|\w+_exps)",
         51_570_323_328,
         "ai21labs/AI21-Jamba-1.5-Mini",
@@ -1008,7 +1006,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "lfm2-350m",
         "lfm2",
-        _shape(65536, 16, 1024, 4608, 16, LFM2_HEADS) | LFM2,
+        sizes(65536, 16, 1024, 4608, 16, LFM2_HEADS) | LFM2,
         LFM2_WITHOUT,
         354_483_968,
         "LiquidAI/LFM2-350M",
@@ -1016,7 +1014,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "lfm2-1.2b",
         "lfm2",
-        _shape(65536, 16, 2048, 8192, 32, LFM2_HEADS) | LFM2,
+        sizes(65536, 16, 2048, 8192, 32, LFM2_HEADS) | LFM2,
         LFM2_WITHOUT,
         1_170_340_608,
         "LiquidAI/LFM2-1.2B",
@@ -1024,7 +1022,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "rwkv7-0.1b",
         "rwkv7",
-        _shape(65536, 12, 768, 3072, 0) | _rwkv7(64, 64, 32, 128),
+        sizes(65536, 12, 768, 3072, 0) | _rwkv7(64, 64, 32, 128),
         "",
         191_034_624,
         "BlinkDL/rwkv-7-world",
@@ -1032,7 +1030,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "rwkv7-2.9b",
         "rwkv7",
-        _shape(65536, 32, 2560, 10240, 0) | _rwkv7(96, 96, 64, 320),
+        sizes(65536, 32, 2560, 10240, 0) | _rwkv7(96, 96, 64, 320),
         "",
         2947.74e6,
         "BlinkDL/rwkv-7-world",
@@ -1050,7 +1048,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "granite-3.1-8b",
         "granite",
-        _shape(49155, 40, 4096, 12800, 32, 8) | _granite(16.0, 0.0078125),
+        sizes(49155, 40, 4096, 12800, 32, 8) | _granite(16.0, 0.0078125),
         f"{LLAMA}|{TIED}",
         8_170_848_256,
         "ibm-granite/granite-3.1-8b-base",
@@ -1058,7 +1056,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "granite-3.1-2b",
         "granite",
-        _shape(49155, 40, 2048, 8192, 32, 8) | _granite(8.0, 0.015625),
+        sizes(49155, 40, 2048, 8192, 32, 8) | _granite(8.0, 0.015625),
         f"{LLAMA}|{TIED}",
         2_533_531_648,
         "ibm-granite/granite-3.1-2b-base",
@@ -1066,7 +1064,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "granite-3.1-1b-a400m",
         "granitemoe",
-        _shape(49155, 24, 1024, 512, 16, 8) | _experts(32, 8) | _granite(6.0, 0.015625),
+        sizes(49155, 24, 1024, 512, 16, 8) | _experts(32, 8) | _granite(6.0, 0.015625),
         f"{LLAMA}|{TIED}",
         1_334_628_352,
         "ibm-granite/granite-3.1-1b-a400m-base",
@@ -1075,7 +1073,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "deepseek-v2-lite",
         "deepseek2",
-        _shape(102400, 27, 2048, 10944, 16, 1) | _mla(0) | _experts(64, 6, 1408, 2, dense=1),
+        sizes(102400, 27, 2048, 10944, 16, 1) | _mla(0) | _experts(64, 6, 1408, 2, dense=1),
         "exp_probs_b",
         15_706_484_224,
         "deepseek-ai/DeepSeek-V2-Lite",
@@ -1083,7 +1081,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "deepseek-v2",
         "deepseek2",
-        _shape(102400, 60, 5120, 12288, 128, 1) | _mla(1536) | _experts(160, 6, 1536, 2, dense=1),
+        sizes(102400, 60, 5120, 12288, 128, 1) | _mla(1536) | _experts(160, 6, 1536, 2, dense=1),
         "exp_probs_b",
         235_741_434_880,
         "deepseek-ai/DeepSeek-V2",
@@ -1091,7 +1089,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "deepseek-v3",
         "deepseek2",
-        _shape(129280, 61, 7168, 18432, 128, 1) | _mla(1536) | _experts(256, 8, 2048, 1, dense=3) | SIGMOID,
+        sizes(129280, 61, 7168, 18432, 128, 1) | _mla(1536) | _experts(256, 8, 2048, 1, dense=3) | SIGMOID,
         "",
         671_026_419_200,
         "deepseek-ai/DeepSeek-V3, without multi-token prediction",
@@ -1099,7 +1097,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "kimi-k2",
         "deepseek2",
-        _shape(163840, 61, 7168, 18432, 64, 1) | _mla(1536) | _experts(384, 8, 2048, 1, dense=1) | SIGMOID,
+        sizes(163840, 61, 7168, 18432, 64, 1) | _mla(1536) | _experts(384, 8, 2048, 1, dense=1) | SIGMOID,
         "",
         1_026_408_232_448,
         "moonshotai/Kimi-K2-Instruct",
@@ -1107,7 +1105,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "arctic-480b",
         "arctic",
-        _shape(32000, 35, 7168, 4864, 56, 8) | _experts(128, 2),
+        sizes(32000, 35, 7168, 4864, 56, 8) | _experts(128, 2),
         QKV,
         479e9,
         "Snowflake/snowflake-arctic-base",
@@ -1115,7 +1113,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "olmoe-1b-7b",
         "olmoe",
-        _shape(50304, 16, 2048, 1024, 16) | _experts(64, 8),
+        sizes(50304, 16, 2048, 1024, 16) | _experts(64, 8),
         QKV,
         6_919_161_856,
         "allenai/OLMoE-1B-7B-0924",
@@ -1123,7 +1121,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gpt-oss-20b",
         "gpt-oss",
-        _shape(201088, 24, 2880, 2880, 64, 8, 64) | _experts(32, 4, 2880) | _swa(128),
+        sizes(201088, 24, 2880, 2880, 64, 8, 64) | _experts(32, 4, 2880) | _swa(128),
         "",
         20_914_757_184,
         "openai/gpt-oss-20b",
@@ -1131,7 +1129,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "gpt-oss-120b",
         "gpt-oss",
-        _shape(201088, 36, 2880, 2880, 64, 8, 64) | _experts(128, 4, 2880) | _swa(128),
+        sizes(201088, 36, 2880, 2880, 64, 8, 64) | _experts(128, 4, 2880) | _swa(128),
         "",
         116_829_156_672,
         "openai/gpt-oss-120b",
@@ -1139,7 +1137,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "smallthinker-4b-a0.6b",
         "smallthinker",
-        _shape(151936, 32, 1536, 768, 12, 2, 128) | _experts(32, 4, 768) | SIGMOID,
+        sizes(151936, 32, 1536, 768, 12, 2, 128) | _experts(32, 4, 768) | SIGMOID,
         QKV,
         4.27e9,
         "PowerInfer/SmallThinker-4BA0.6B-Instruct",
@@ -1147,7 +1145,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "smallthinker-21b-a3b",
         "smallthinker",
-        _shape(151936, 52, 2560, 768, 28, 4, 128) | _experts(64, 6, 768) | SIGMOID | _swa(4096),
+        sizes(151936, 52, 2560, 768, 28, 4, 128) | _experts(64, 6, 768) | SIGMOID | _swa(4096),
         QKV,
         21.5e9,
         "PowerInfer/SmallThinker-21BA3B-Instruct",
@@ -1155,9 +1153,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "glm-4.5-air",
         "glm4moe",
-        _shape(151552, 47, 4096, 10944, 96, 8, 128)
+        sizes(151552, 47, 4096, 10944, 96, 8, 128)
         | _experts(128, 8, 1408, 1, dense=1)
-        | _rotated(64)
+        | rotated(64)
         | {"nextn_predict_layers": 1}
         | SIGMOID,
         "attn_[qk]_norm",
@@ -1167,9 +1165,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "glm-4.5",
         "glm4moe",
-        _shape(151552, 93, 5120, 12288, 96, 8, 128)
+        sizes(151552, 93, 5120, 12288, 96, 8, 128)
         | _experts(160, 8, 1536, 1, dense=3)
-        | _rotated(64)
+        | rotated(64)
         | {"nextn_predict_layers": 1}
         | SIGMOID,
         "",
@@ -1189,7 +1187,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "dbrx-132b",
         "dbrx",
-        _shape(100352, 40, 6144, 10752, 48, 8) | _experts(16, 4) | {"attention.clamp_kqv": 8.0},
+        sizes(100352, 40, 6144, 10752, 48, 8) | _experts(16, 4) | {"attention.clamp_kqv": 8.0},
         QKV,
         131_596_523_520,
         "databricks/dbrx-base",
@@ -1197,7 +1195,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "grok-1",
         "grok",
-        _shape(131072, 64, 6144, 32768, 48, 8, 128) | _experts(8, 2, 32768),
+        sizes(131072, 64, 6144, 32768, 48, 8, 128) | _experts(8, 2, 32768),
         rf"{QKV}|ffn_(gate|up|down)\.weight|{TIED}",
         314e9,
         "xai-org/grok-1",
@@ -1205,7 +1203,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "hunyuan-a13b",
         "hunyuan-moe",
-        _shape(128167, 32, 4096, 3072, 32, 8, 128) | _experts(64, 8, 3072, shared_ff=3072),
+        sizes(128167, 32, 4096, 3072, 32, 8, 128) | _experts(64, 8, 3072, shared_ff=3072),
         f"{QKV}|{TIED}",
         80_393_183_232,
         "tencent/Hunyuan-A13B-Instruct",
@@ -1213,40 +1211,40 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "minimax-m2",
         "minimax-m2",
-        _shape(200064, 62, 3072, 1536, 48, 8, 128) | _experts(256, 8, 1536) | SIGMOID | _rotated(64),
+        sizes(200064, 62, 3072, 1536, 48, 8, 128) | _experts(256, 8, 1536) | SIGMOID | rotated(64),
         QKV,
         228_689_764_864,
         "MiniMaxAI/MiniMax-M2",
     ),
     # others
-    Entry("olmo-1b", "olmo", _shape(50304, 16, 2048, 8192, 16), f"{QKV}|{TIED}", 1_176_764_416, "allenai/OLMo-1B-hf"),
-    Entry("olmo-7b", "olmo", _shape(50304, 32, 4096, 11008, 32), QKV, 6_888_095_744, "allenai/OLMo-7B-hf"),
-    Entry("olmo-2-7b", "olmo2", _shape(100352, 32, 4096, 11008, 32), QKV, 7_298_617_344, "allenai/OLMo-2-1124-7B"),
+    Entry("olmo-1b", "olmo", sizes(50304, 16, 2048, 8192, 16), f"{QKV}|{TIED}", 1_176_764_416, "allenai/OLMo-1B-hf"),
+    Entry("olmo-7b", "olmo", sizes(50304, 32, 4096, 11008, 32), QKV, 6_888_095_744, "allenai/OLMo-7B-hf"),
+    Entry("olmo-2-7b", "olmo2", sizes(100352, 32, 4096, 11008, 32), QKV, 7_298_617_344, "allenai/OLMo-2-1124-7B"),
     Entry(
-        "minitron-4b", "nemotron", _shape(256000, 32, 3072, 9216, 24, 8) | _rotated(64), BIAS, 4.19e9, "nvidia/Minitron-4B-Base"
+        "minitron-4b", "nemotron", sizes(256000, 32, 3072, 9216, 24, 8) | rotated(64), BIAS, 4.19e9, "nvidia/Minitron-4B-Base"
     ),
     Entry(
         "minicpm3-4b",
         "minicpm3",
-        _shape(73448, 62, 2560, 6400, 40) | MINICPM3,
+        sizes(73448, 62, 2560, 6400, 40) | MINICPM3,
         f"{TIED}|{FACTORS}",
         4.07e9,
         "openbmb/MiniCPM3-4B",
     ),
-    Entry("glm-4-9b", "chatglm", _shape(151552, 40, 4096, 13696, 32, 2) | _rotated(64), "", 9_399_951_360, "THUDM/glm-4-9b"),
+    Entry("glm-4-9b", "chatglm", sizes(151552, 40, 4096, 13696, 32, 2) | rotated(64), "", 9_399_951_360, "THUDM/glm-4-9b"),
     Entry(
-        "glm-4-9b-0414", "glm4", _shape(151552, 40, 4096, 13696, 32, 2) | _rotated(64), "", 9_400_279_040, "THUDM/GLM-4-9B-0414"
+        "glm-4-9b-0414", "glm4", sizes(151552, 40, 4096, 13696, 32, 2) | rotated(64), "", 9_400_279_040, "THUDM/GLM-4-9B-0414"
     ),
-    Entry("baichuan-7b", "baichuan", _shape(64000, 32, 4096, 11008, 32), QKV, 7_000_559_616, "baichuan-inc/Baichuan-7B"),
+    Entry("baichuan-7b", "baichuan", sizes(64000, 32, 4096, 11008, 32), QKV, 7_000_559_616, "baichuan-inc/Baichuan-7B"),
     Entry(
-        "baichuan2-13b", "baichuan", _shape(125696, 40, 5120, 13696, 40), QKV, 13_896_668_160, "baichuan-inc/Baichuan2-13B-Base"
+        "baichuan2-13b", "baichuan", sizes(125696, 40, 5120, 13696, 40), QKV, 13_896_668_160, "baichuan-inc/Baichuan2-13B-Base"
     ),
-    Entry("internlm2-7b", "internlm2", _shape(92544, 32, 4096, 14336, 32, 8), QKV, 7_737_708_544, "internlm/internlm2-7b"),
-    Entry("internlm2-20b", "internlm2", _shape(92544, 48, 6144, 16384, 48, 8), QKV, 19_861_149_696, "internlm/internlm2-20b"),
+    Entry("internlm2-7b", "internlm2", sizes(92544, 32, 4096, 14336, 32, 8), QKV, 7_737_708_544, "internlm/internlm2-7b"),
+    Entry("internlm2-20b", "internlm2", sizes(92544, 48, 6144, 16384, 48, 8), QKV, 19_861_149_696, "internlm/internlm2-20b"),
     Entry(
         "ernie-4.5-0.3b",
         "ernie4_5",
-        _shape(103424, 18, 1024, 3072, 16, 2, 128),
+        sizes(103424, 18, 1024, 3072, 16, 2, 128),
         f"{BIAS}|{TIED}",
         360_748_032,
         "baidu/ERNIE-4.5-0.3B-PT",
@@ -1254,7 +1252,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "seed-oss-36b",
         "seed_oss",
-        _shape(155136, 64, 5120, 27648, 80, 8, 128),
+        sizes(155136, 64, 5120, 27648, 80, 8, 128),
         "",
         36_151_104_512,
         "ByteDance-Seed/Seed-OSS-36B-Base",
@@ -1262,7 +1260,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "apertus-8b",
         "apertus",
-        _shape(131072, 32, 4096, 21504, 32, 8) | XIELU,
+        sizes(131072, 32, 4096, 21504, 32, 8) | XIELU,
         BIAS + r"|attn_[qk]_norm\.bias",
         8_053_338_176,
         "swiss-ai/Apertus-8B-2509",
@@ -1270,7 +1268,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "exaone-3.5-2.4b",
         "exaone",
-        _shape(102400, 30, 2560, 7168, 32, 8),
+        sizes(102400, 30, 2560, 7168, 32, 8),
         f"{QKV}|{TIED}",
         2_405_327_360,
         "LGAI-EXAONE/EXAONE-3.5-2.4B-Instruct",
@@ -1278,7 +1276,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "exaone-3.5-7.8b",
         "exaone",
-        _shape(102400, 32, 4096, 14336, 32, 8),
+        sizes(102400, 32, 4096, 14336, 32, 8),
         QKV,
         7_818_448_896,
         "LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct",
@@ -1286,12 +1284,12 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "exaone-4.0-1.2b",
         "exaone4",
-        _shape(102400, 30, 2048, 4096, 32, 8),
+        sizes(102400, 30, 2048, 4096, 32, 8),
         f"{QKV}|{TIED}",
         1.28e9,
         "LGAI-EXAONE/EXAONE-4.0-1.2B",
     ),
-    Entry("exaone-4.0-32b", "exaone4", _shape(102400, 64, 5120, 27392, 40, 8), QKV, 32.0e9, "LGAI-EXAONE/EXAONE-4.0-32B"),
+    Entry("exaone-4.0-32b", "exaone4", sizes(102400, 64, 5120, 27392, 40, 8), QKV, 32.0e9, "LGAI-EXAONE/EXAONE-4.0-32B"),
 )
 
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}

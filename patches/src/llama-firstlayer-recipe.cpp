@@ -11,8 +11,17 @@
 //
 
 // shortest decimal that reads back as the same float, in any locale
-static std::string print_float(float value) {
-    std::string res;
+static const std::string & print_float(int32_t bits) {
+    // every graph has the same few
+    static thread_local std::unordered_map<int32_t, std::string> known;
+
+    std::string & res = known[bits];
+    if (!res.empty()) {
+        return res;
+    }
+
+    float value;
+    memcpy(&value, &bits, sizeof(value));
     for (int precision = 6; precision <= 9; ++precision) {
         std::ostringstream out;
         out.imbue(std::locale::classic());
@@ -149,17 +158,18 @@ void llama_firstlayer_walk::print(const ggml_tensor *                           
             {
                 const auto names = param_names(t);
                 for (size_t i = 0; i < GGML_MAX_OP_PARAMS / sizeof(int32_t); ++i) {
+                    if (t->op_params[i] == 0) {
+                        continue;
+                    }
                     const std::string key = i < names.size() ? (names[i] ? names[i] : "") : "p" + std::to_string(i);
-                    if (key.empty() || t->op_params[i] == 0) {
+                    if (key.empty()) {
                         continue;
                     }
                     const size_t colon = key.find(':');
                     if (colon == std::string::npos) {
                         params.push_back(key + "=" + std::to_string(t->op_params[i]));
                     } else {
-                        float value;
-                        memcpy(&value, &t->op_params[i], sizeof(value));
-                        params.push_back(key.substr(0, colon) + "=" + print_float(value));
+                        params.push_back(key.substr(0, colon) + "=" + print_float(t->op_params[i]));
                     }
                 }
             }

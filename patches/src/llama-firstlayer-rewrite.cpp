@@ -127,7 +127,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     layouts.push_back({ site, {}, 0 });
     std::copy_n(unchanged ? site->nb : nb, GGML_MAX_DIMS, layouts.back().nb);
 
-    for (ggml_tensor * t : nodes) {
+    for (ggml_tensor * t : near) {
         if (cut.count(t) || !is_live.count(t)) {
             continue;
         }
@@ -174,9 +174,9 @@ void llama_firstlayer_walk::replace(ggml_context *                              
     for (const auto & [site, _] : slots) {
         cut.insert(site);
     }
-    const tensor_set is_live = live(cut);
+    const tensor_set is_live = live_near(cut);
 
-    for (ggml_tensor * t : nodes) {
+    for (ggml_tensor * t : near) {
         const auto it = slots.find(t);
         if (it != slots.end() && is_live.count(t)) {
             replace_site(ctx, t, it->second, is_live, cut);
@@ -193,7 +193,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
     }
 
     // lookups come first: between nodes on a device, each would cost it a stop
-    for (ggml_tensor * t : nodes) {
+    for (ggml_tensor * t : near) {
         if (!is_live.count(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }

@@ -25,8 +25,11 @@ static bool spans(const ggml_tensor * t, uint8_t axes, int d) {
 
 llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
                                              const tensor_set &       weights,
-                                             const ggml_tensor *      tok_embd) {
+                                             const ggml_tensor *      tok_embd) :
+    weights(&weights) {
     ggml_cgraph * gf = res.get_gf();
+
+    infos.reserve(2 * ggml_graph_n_nodes(gf));
 
     if (res.get_inp_tokens()) {
         inp_tokens.push_back(res.get_inp_tokens());
@@ -62,22 +65,36 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         infos[t]   = cur;
     }
 
-    for (const ggml_tensor * t : weights) {
-        infos[t].kind = KIND_CONSTANT;
-    }
-
     nodes.reserve(ggml_graph_n_nodes(gf));
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        nodes.push_back(ggml_graph_node(gf, i));
-        infos[nodes.back()] = classify(nodes.back());
+        ggml_tensor * t = ggml_graph_node(gf, i);
+        nodes.push_back(t);
+
+        info cur     = classify(t);
+        bool is_near = cur.kind == KIND_PURE;
+        for (int j = 0; j < GGML_MAX_SRC && !is_near; ++j) {
+            const ggml_tensor * src = t->src[j];
+            is_near = src && src != t && src->op != GGML_OP_NONE && (get(src).kind == KIND_PURE || get(src).alias);
+        }
+        cur.alias = is_near && cur.kind == KIND_IMPURE && is_layout_op(t);
+        if (is_near) {
+            near.push_back(t);
+        }
+        if (cur.kind != KIND_IMPURE || cur.alias) {
+            infos[t] = cur;
+        }
     }
 }
 
 const llama_firstlayer_walk::info & llama_firstlayer_walk::get(const ggml_tensor * t) const {
     static const info impure;
+    static const info constant{ KIND_CONSTANT };
 
     const auto it = infos.find(t);
-    return it == infos.end() ? impure : it->second;
+    if (it != infos.end()) {
+        return it->second;
+    }
+    return t->op == GGML_OP_NONE && weights->count(t) ? constant : impure;
 }
 
 llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * t) const {
@@ -448,7 +465,7 @@ std::string llama_firstlayer_walk::hint(const std::string & recipe, int64_t widt
 std::vector<ggml_tensor *> llama_firstlayer_walk::candidates(const std::unordered_set<std::string> & hints) const {
     std::vector<ggml_tensor *> res;
 
-    for (ggml_tensor * t : nodes) {
+    for (ggml_tensor * t : near) {
         if (can_be_site(t) && hints.count(hint(op_name(t), width(t)))) {
             res.push_back(t);
         }
@@ -508,6 +525,26 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live(const tensor_set &
         }
     }
     return reach(std::move(roots), cut);
+}
+
+llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live_near(const tensor_set & cut) const {
+    std::vector<const ggml_tensor *> roots;
+    std::vector<const ggml_tensor *> readers;
+    for (const ggml_tensor * t : near) {
+        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            continue;
+        }
+        if (get(t).kind == KIND_IMPURE) {
+            readers.push_back(t);
+            std::copy_if(std::begin(t->src), std::end(t->src), std::back_inserter(roots),
+                         [&](const ggml_tensor * src) { return src && get(src).kind == KIND_PURE; });
+        } else if (t->flags & GGML_TENSOR_FLAG_OUTPUT) {
+            roots.push_back(t);
+        }
+    }
+    tensor_set res = reach(std::move(roots), cut);
+    res.insert(readers.begin(), readers.end());
+    return res;
 }
 
 llama_firstlayer_walk::use llama_firstlayer_walk::make_use(const ggml_tensor * t, int i_src) const {

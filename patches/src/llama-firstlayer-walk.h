@@ -40,6 +40,7 @@ struct llama_firstlayer_walk {
 
     using tensor_set = std::unordered_set<const ggml_tensor *>;
 
+    // weights: all of the model's; kept by reference
     llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights, const ggml_tensor * tok_embd);
 
     // graph inputs that hold token ids, I32 [n_tokens]
@@ -86,6 +87,7 @@ struct llama_firstlayer_walk {
     struct info {
         purity  kind    = KIND_IMPURE;
         bool    product = false;  // holds a matrix product
+        bool    alias   = false;  // impure, but a layout operation on something that is pure
         uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be counted in: that is
                                   // harmless, and leaving them out would make a batch of one token look different
         size_t  stride  = 0;      // bytes between tokens if the values of a token lie together in memory, 0 otherwise
@@ -123,6 +125,9 @@ struct llama_firstlayer_walk {
                       const tensor_set & is_live,
                       const tensor_set & cut) const;
 
+    // of the nodes that are near, those that are live, with what the pure ones of them are computed from
+    tensor_set live_near(const tensor_set & cut) const;
+
     use     make_use(const ggml_tensor * t, int i_src) const;
     bool    can_be_site(const ggml_tensor * t) const;
     int64_t bytes_read(const ggml_tensor * t) const;
@@ -139,6 +144,10 @@ struct llama_firstlayer_walk {
 
     std::vector<ggml_tensor *> inp_tokens;
     std::vector<ggml_tensor *> nodes;  // in graph order
+    std::vector<ggml_tensor *>
+        near;  // those that are pure, or read something that is: no others can be touched by a site
+
+    const tensor_set * weights;
 
     std::unordered_map<const ggml_tensor *, info> infos;
 };

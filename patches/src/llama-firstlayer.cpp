@@ -388,11 +388,14 @@ void llama_firstlayer::rewrite(const llama_model &           model,
     walk.replace(ctx, gf, slots);
 
     // llama_context disables a fused operation if it does not find it on the layer's device: forget those that are gone
+    auto & fused = const_cast<std::vector<llm_graph_fused_node> &>(params.res->get_fused_nodes());
+    if (fused.empty()) {
+        return;
+    }
     llama_firstlayer_walk::tensor_set computed;
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         computed.insert(ggml_graph_node(gf, i));
     }
-    auto & fused = const_cast<std::vector<llm_graph_fused_node> &>(params.res->get_fused_nodes());
     fused.erase(std::remove_if(fused.begin(), fused.end(),
                                [&](const llm_graph_fused_node & node) {
                                    return !computed.count(node.tensor) || slots.count(node.tensor);

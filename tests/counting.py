@@ -1,0 +1,88 @@
+"""What decoding takes, counted instead of timed: instructions, and bytes of a model's file that are read. Linux on x86-64."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from conftest import ROOT
+
+from gguf_firstlayer.plan import Outline, Use
+from gguf_firstlayer.runtime import Run
+
+# valgrind knows no AVX-512, which the other builds use where there is some
+COUNTED = ROOT / "build" / "counted" / "bin"
+TOKENS = (2, 6)
+
+
+def instructions(path: Path) -> float:
+    """Instructions to decode a token, as callgrind counts them, on one thread."""
+    counts = []
+    for n in TOKENS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", "--toggle-collect=llama_decode"]
+            done = subprocess.run(
+                [*command, sys.executable, __file__, str(path), str(n)],
+                env=os.environ | {"LD_LIBRARY_PATH": str(COUNTED)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        found = re.search(r"Collected : (\d+)", done.stderr)
+        assert found, done.stderr
+        counts.append(int(found[1]))
+    return (counts[1] - counts[0]) / (TOKENS[1] - TOKENS[0])
+
+
+def can_count() -> bool:
+    """Whether valgrind is installed."""
+    return shutil.which("valgrind") is not None
+
+
+def bytes_read(path: Path) -> int:
+    """Bytes of a file that decoding a token reads, in whole pages.
+
+    Linux marks pages that are accessed (`/proc/PID/clear_refs`). Not for types whose weights llama.cpp copies to repack them.
+    """
+    done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def multiply_adds(outline: Outline, use: Use) -> float:
+    """Of a token that is decoded."""
+    of_all = use.multiply_adds > outline.weights[use.weight].values
+    return use.multiply_adds / outline.n_batch if of_all else use.multiply_adds
+
+
+def _referenced(path: Path) -> int:
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            inside = fields[-1] == str(path)
+        elif inside and fields[0] == "Referenced:":
+            total += int(fields[1]) * 1024
+    return total
+
+
+def main() -> None:
+    path = Path(sys.argv[1]).resolve()
+    with Run(path, 64, 16, 1) as run:
+        if len(sys.argv) > 2:
+            run.time([7] * int(sys.argv[2]), 1)
+            return
+        # pages that are mapped for the first time would be marked with their neighbours
+        run.time([7], 1)
+        run.keep(0)
+        Path("/proc/self/clear_refs").write_text("1")
+        run.time([7], 1)
+        print(_referenced(path))
+
+
+if __name__ == "__main__":
+    main()

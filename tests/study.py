@@ -1,0 +1,390 @@
+"""Measures what first-layer tables gain on this machine, and writes docs/study.md, its plots and docs/study.json.
+
+Each measurement is kept in build/study/measured.json as soon as it is made, so that an interrupted study goes on where it
+was. Delete the folder to measure all anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import PATCHED, ROOT, STOCK, rewrite
+
+os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
+
+import llama_cpp
+import numpy as np
+from catalogue import CATALOGUE, LLAMA, PARALLEL, Entry, rotated, sizes, write_model
+from counting import bytes_read, can_count, instructions, multiply_adds
+from gguf import GGMLQuantizationType as Type
+
+from gguf_firstlayer import bench, convert
+from gguf_firstlayer.bench import _place_anew, _times, ratio
+from gguf_firstlayer.plan import make, of_file
+from gguf_firstlayer.runtime import Run, analyse
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.tables import fitting
+from gguf_firstlayer.text import size_text
+
+FOLDER = ROOT / "build" / "study"
+DOCS = ROOT / "docs"
+LOG = FOLDER / "measured.json"
+
+DEPTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+WIDTHS = (256, 1024)
+VOCABULARIES = (512, 50304)
+PREFILL = 64
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CONTEXTS = (0, 512, 2048, 8192)
+
+REAL = ("SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m-q4_k_m")
+SHAPES = ("pythia-70m", "pythia-160m", "llama-68m", "mamba-130m", "qwen3-0.6b", "tinyllama-1.1b")
+COUNTED = ("llama-68m", "pythia-70m")
+TYPES = ("q4_0", "q8_0", "f16", "f32")
+
+# layers of SmolLM2 that make its draft, requests to each server, tokens of an answer
+DRAFT_LAYERS, REQUESTS, ANSWER = 4, 24, 48
+PROMPTS = ("Explain why the sky is blue.", "List the planets of the solar system.", "Write a short story about a harbour.")
+
+Result = dict[str, Any]
+
+
+#
+# measurements
+#
+
+
+def known() -> dict[str, Result]:
+    """All measurements so far, by their keys."""
+    return json.loads(LOG.read_text()) if LOG.exists() else {}
+
+
+def measure(key: str, function: Callable[[], Result]) -> Result:
+    """The result of a measurement, which is not repeated."""
+    results = known()
+    if key not in results:
+        started = time.monotonic()
+        results[key] = function()
+        temporary = LOG.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1, default=str))
+        temporary.replace(LOG)
+        print(f"{key}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return results[key]
+
+
+def synthetic(layers: int, width: int, vocab: int, parallel: bool) -> Entry:
+    """A Pythia or a Llama of any size."""
+    keys = sizes(vocab, layers, width, 4 * width if parallel else 11 * width // 4, width // 64)
+    kind = "parallel" if parallel else "serial"
+    name = f"{kind}-{layers}x{width}-{vocab}"
+    if parallel:
+        return Entry(name, "gptneox", keys | rotated(16) | PARALLEL, "", 0.0, "")
+    return Entry(name, "llama", keys, LLAMA, 0.0, "")
+
+
+@contextmanager
+def converted(entry: Entry, kind: Type = Type.Q4_K, table: str = "q8_0") -> Iterator[tuple[Path, Path]]:
+    """A model with random weights and its conversion, which are deleted again."""
+    source = FOLDER / f"{entry.name}.gguf"
+    output = source.with_name(f"{entry.name}-{table}.gguf")
+    try:
+        write_model(entry, source, kind)
+        convert(source, output, type=table, force=True, confirm=lambda _growth: None)
+        yield source, output
+    finally:
+        source.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
+
+
+def speeds(pair: tuple[Path, Path], batches: Sequence[int], contexts: Sequence[int] = (0,), **options: Any) -> Result:
+    """Cells of `bench`, with the limit."""
+    result = bench(*pair, batches=batches, contexts=contexts, limit=True, **{"resources": False} | options)
+    return dataclasses.asdict(result)
+
+
+def depth(layers: int, width: int, vocab: int, parallel: bool) -> Result:
+    with converted(synthetic(layers, width, vocab, parallel)) as pair:
+        return speeds(pair, (1, PREFILL), loads=6, seconds=4)
+
+
+def fading() -> Result:
+    with converted(synthetic(4, 512, 50304, True)) as pair:
+        return speeds(pair, BATCHES, CONTEXTS, loads=5, seconds=2.5)
+
+
+class Driver:
+    """A model on one libllama, driven like `Run` but through llama-cpp-python's declarations of llama.h.
+
+    The stock library has no `Run`. Both are loaded into this process, where they share one ggml: the patch leaves it alone.
+    """
+
+    def __init__(self, library: ctypes.CDLL, path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
+        self.library, self.n_batch = library, n_batch
+        params = library.llama_model_default_params()
+        self.model = library.llama_model_load_from_file(str(path).encode(), params)
+        options = library.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, n_batch, n_batch
+        options.n_threads = options.n_threads_batch = n_threads
+        self.context = library.llama_init_from_model(self.model, options)
+        assert self.context, path
+
+    def time(self, tokens: Any, n_batch: int) -> float:
+        ids = (llama_cpp.llama_token * len(tokens))(*map(int, tokens))
+        started = time.perf_counter()
+        for first in range(0, len(ids), n_batch):
+            part = ctypes.cast(ctypes.byref(ids, 4 * first), ctypes.POINTER(llama_cpp.llama_token))
+            batch = self.library.llama_batch_get_one(part, min(n_batch, len(ids) - first))
+            assert self.library.llama_decode(self.context, batch) == 0
+            self.library.llama_get_logits_ith(self.context, -1)
+        return time.perf_counter() - started
+
+    def keep(self, n: int) -> bool:
+        memory = self.library.llama_get_memory(self.context)
+        if n == 0:
+            self.library.llama_memory_clear(memory, True)
+            return True
+        return bool(self.library.llama_memory_seq_rm(memory, 0, n, -1))
+
+    def close(self) -> None:
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)
+
+
+def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The stock and the patched libllama, quiet, with the declarations of llama-cpp-python."""
+    patched = llama_cpp.llama_cpp._lib
+    stock = ctypes.CDLL(str(STOCK / "libllama.so"))
+    for name in dir(llama_cpp):
+        if name.startswith(("llama_", "ggml_")) and hasattr(stock, name) and hasattr(patched, name):
+            ours, theirs = getattr(patched, name), getattr(stock, name)
+            theirs.restype, theirs.argtypes = ours.restype, ours.argtypes
+    assert not hasattr(stock, "llama_firstlayer_open")
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    for library in (stock, patched):
+        library.llama_log_set(quiet, None)
+    libraries.quiet = quiet  # ctypes does not hold callbacks alive
+    return stock, patched
+
+
+def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 12) -> Result:
+    """Speeds of the source on the stock library, of the source on the patched one, and of the converted model."""
+    stock, patched = libraries()
+    rng, times = random.Random(0), {1: [], 128: []}
+    n_vocab = analysed_vocabulary(pair[0])
+    for _ in range(loads):
+        for path in pair:
+            _place_anew(Source(path))
+        with ExitStack() as stack:
+            runs = []
+            for library, path in ((stock, pair[0]), (patched, pair[0]), (patched, pair[1])):
+                runs.append(Driver(library, path, 512, 128, os.cpu_count() or 1))
+                stack.callback(runs[-1].close)
+            tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, n_vocab, 1 << 14, np.int32)
+            for batch, measured in times.items():
+                measured.append(_times(runs, tokens, batch, 0, seconds / loads, rng))
+    cells = []
+    for batch, measured in times.items():
+        cells.append(
+            {
+                "batch": batch,
+                "patched": dataclasses.asdict(ratio([t[:, 0] / t[:, 1] for t in measured])),
+                "converted": dataclasses.asdict(ratio([t[:, 0] / t[:, 2] for t in measured])),
+            }
+        )
+    return {"cells": cells}
+
+
+def analysed_vocabulary(path: Path) -> int:
+    with analyse(path) as analysis:
+        return analysis.n_vocab
+
+
+def real(name: str) -> Result:
+    source = ROOT / "models" / f"{name}.gguf"
+    output = FOLDER / f"{name}-auto.gguf"
+    convert(source, output, force=True, confirm=lambda _growth: None)
+    pair = (source, output)
+    result = speeds(pair, (1, 128), loads=8, seconds=16, resources=True) | {"stock": with_stock(pair)}
+    output.unlink()
+    return result
+
+
+def shape(name: str) -> Result:
+    with converted(CATALOGUE[name]) as pair:
+        return speeds(pair, (1, 128), loads=6, seconds=10, resources=True) | {"stock": with_stock(pair)}
+
+
+def table_type(kind: str) -> Result:
+    with converted(CATALOGUE["pythia-70m"], table=kind) as pair:
+        return speeds(pair, (1, 128), loads=6, seconds=8, resources=True)
+
+
+def conversion(name: str) -> Result:
+    """Tokens per second of a conversion, and of the first layer's prefill: a model of this layer alone, without its head."""
+    entry = CATALOGUE[name]
+    first = dataclasses.replace(entry, name=f"{name}-first", keys=entry.keys | {"block_count": 1})
+    source = FOLDER / f"{first.name}.gguf"
+    write_model(first, source, Type.Q4_K)
+    n_vocab = analysed_vocabulary(source)
+    rates: dict[str, list[float]] = {"prefill": [], "convert": []}
+    with Run(source, 513, 512) as run:
+        for _ in range(8):
+            run.keep(0)
+            elapsed = run.time(np.random.default_rng(0).integers(0, n_vocab, 512), 512)
+            rates["prefill"].append(512 / elapsed)
+            if len(rates["convert"]) < 3:
+                started = time.perf_counter()
+                convert(source, FOLDER / "first-flp.gguf", type="q8_0", force=True, confirm=lambda _growth: None)
+                rates["convert"].append(n_vocab / (time.perf_counter() - started))
+    (FOLDER / "first-flp.gguf").unlink()
+    source.unlink()
+    return {key: float(np.median(values)) for key, values in rates.items()}
+
+
+def draft() -> Result:
+    """A server that drafts with the first layers of its own model, before and after the draft is converted."""
+    target = ROOT / "models" / f"{REAL[0]}.gguf"
+    dropped = {f"blk.{i}." for i in range(DRAFT_LAYERS, 30)}
+    gone = frozenset(name for name in Source(target).tensors if name[: name.find(".", 4) + 1] in dropped)
+    plain = rewrite(
+        target,
+        FOLDER / "draft.gguf",
+        change_key=lambda key, value: DRAFT_LAYERS if key.endswith(".block_count") else value,
+        drop=gone,
+    )
+    tables = convert(plain, FOLDER / "draft-flp.gguf", type="q8_0", force=True, confirm=lambda _growth: None).output
+    outline = of_file(plain)
+    bound = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites}).decode_bound
+
+    def ask(port: int, prompt: str) -> Result:
+        body = {"prompt": prompt, "n_predict": ANSWER, "temperature": 0, "cache_prompt": False}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", json.dumps(body).encode())
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    with ExitStack() as stack:
+        ports = []
+        for i, path in enumerate((plain, tables)):
+            ports.append(18480 + i)
+            command = [
+                PATCHED / "llama-server",
+                "-m",
+                target,
+                "-md",
+                path,
+                "--spec-type",
+                "draft-simple",
+                "--port",
+                str(ports[i]),
+            ]
+            server = subprocess.Popen([*command, "-c", "512", "-np", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(server.wait)
+            stack.callback(server.terminate)
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{ports[i]}/health")
+                    break
+                except OSError:
+                    assert server.poll() is None
+                    time.sleep(0.2)
+        rng, times, last = random.Random(0), [], {}
+        for turn in range(REQUESTS + 2):
+            elapsed = {}
+            for i in rng.sample((0, 1), 2):
+                last[i] = ask(ports[i], PROMPTS[turn % len(PROMPTS)])
+                elapsed[i] = last[i]["timings"]["predicted_ms"]
+            times.append([elapsed[0], elapsed[1]])
+    pairs = np.array(times[2:])
+    timings = last[1]["timings"]
+    return {
+        "bound_of_draft": bound,
+        "ratio": dataclasses.asdict(ratio([pairs[:, 0] / pairs[:, 1]])),
+        "drafted": timings.get("draft_n", 0),
+        "accepted": timings.get("draft_n_accepted", 0),
+        "same_text": last[0]["content"] == last[1]["content"],
+    }
+
+
+def counts(pair: tuple[Path, Path]) -> Result:
+    """Instructions and bytes of a decoded token, before and after, against the plan."""
+    outline = of_file(pair[0])
+    plan = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites})
+    total = sum(multiply_adds(outline, use) for use in outline.uses)
+    gone = sum(multiply_adds(outline, use) for use in outline.replaced(outline.sites))
+    return {
+        "bytes": [bytes_read(path) for path in pair],
+        "bytes_planned": [plan.decode_bytes_without, plan.decode_bytes_with],
+        "instructions": [instructions(path) for path in pair] if can_count() else None,
+        "products_eliminated": gone / total,
+    }
+
+
+def counted(name: str) -> Result:
+    if name in CATALOGUE:
+        with converted(CATALOGUE[name], Type.Q4_1) as pair:  # a type that is not repacked
+            return counts(pair)
+    source, output = ROOT / "models" / f"{name}.gguf", FOLDER / f"{name}-q8_0.gguf"
+    convert(source, output, type="q8_0", force=True, confirm=lambda _growth: None)
+    return counts((source, output))
+
+
+def machine() -> Result:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": cpu or platform.processor(),
+        "processors": os.cpu_count(),
+        "memory": size_text(memory),
+        "system": f"{platform.system()} {platform.machine()}, a virtual machine that shares its processor with others",
+        "commit": commit.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def all_measurements() -> dict[str, Callable[[], Result]]:
+    """In the order in which they are made."""
+    wanted: dict[str, Callable[[], Result]] = {"machine": machine}
+    for name in (REAL[0], *COUNTED):
+        wanted[f"counted {name}"] = lambda name=name: counted(name)
+    for name in REAL:
+        wanted[f"real {name}"] = lambda name=name: real(name)
+    for name in SHAPES:
+        wanted[f"shape {name}"] = lambda name=name: shape(name)
+    wanted["draft"] = draft
+    wanted["fading"] = fading
+    for kind in TYPES:
+        wanted[f"type {kind}"] = lambda kind=kind: table_type(kind)
+    for name in ("pythia-70m", "tinyllama-1.1b"):
+        wanted[f"conversion {name}"] = lambda name=name: conversion(name)
+    for layers in DEPTHS:
+        for width in WIDTHS:
+            for vocab in VOCABULARIES:
+                for parallel in (False, True):
+                    options = (layers, width, vocab, parallel)
+                    wanted[f"depth {synthetic(*options).name}"] = lambda options=options: depth(*options)
+    return wanted
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for key, function in all_measurements().items():
+        measure(key, function)
