@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +28,7 @@ from gguf_firstlayer.plan import MAX_DIGITS, bound, of_file
 from gguf_firstlayer.runtime import Run, Site, isolated, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import size_text, to_json
-from gguf_firstlayer.verify import open_pair
+from gguf_firstlayer.verify import context_length, open_pair
 
 BATCHES, CONTEXTS = (1, 512), (0,)
 
@@ -36,6 +40,7 @@ BLOCK_SECONDS, BLOCK_TOKENS = 0.05, 32
 N_LOADS, MIN_ROUNDS = 8, 3
 CELL_SECONDS = 16.0
 N_BOOTSTRAP = 2000
+PINNING_SECONDS = 0.2
 
 MAX_TOKENS = 1 << 20
 
@@ -50,7 +55,7 @@ Seconds = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of speeds: the mean over loads of the median over pairs of blocks, and its bootstrap 95 % confidence interval."""
+    """A ratio of speeds: the mean over loads of the median over pairs of blocks, and its 95 % bootstrap interval over loads."""
 
     value: float
     low: float
@@ -73,7 +78,7 @@ class Cell:
         source, converted: medians in tokens per second
         ratio: speed of the converted model by that of the source
         bound: that the plan predicts for it
-        realised: the gain as a share of the gain of the bound, if the ratio can be told from 1
+        realised: the gain as a share of the gain of the bound, if the ratio can be told from 1 and is not beyond the bound
         limit: with `limit`, the speed of constants instead of lookups by that of the source
         of_limit: with `limit`, the speed of the converted model by that of constants
     """
@@ -158,7 +163,7 @@ def bench(
     """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
 
     They take turns in short blocks, in random order, so that both see the same moods of the machine, and are loaded several
-    times. Tokens are random, like llama-bench's: rows are hardly ever met twice, which is the worst case for lookups.
+    times. Tokens are random, like llama-bench's. The files are in the page cache.
 
     Args:
         source: GGUF file; of a split model, the first part
@@ -168,7 +173,7 @@ def bench(
         threads: 0 for one on each processor that this process may use
         limit: also measure the ceiling, the same graph with constants instead of lookups
         resources: also measure memory, loading and first tokens, each model in processes of its own
-        loads: how often the models are loaded
+        loads: how often the models are loaded, at least twice
         seconds: for each batch size and context, over all loads
 
     Raises:
@@ -180,6 +185,11 @@ def bench(
             raise FirstLayerError(f"{size} is no batch size or length of a context")
     if not batches or not contexts or min(batches) < 1:
         raise FirstLayerError("a batch has a token at least")
+    if loads < 2:
+        raise FirstLayerError("one load tells nothing of where in memory a model lies; measure two at least")
+    longest = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
+    if longest > context_length(model):
+        raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are asked for; give less")
     n_threads = threads or len(_processors())
     outline = of_file(model.path)
     kinds = _kinds(tables, outline.sites)
@@ -189,22 +199,23 @@ def bench(
         taken = list(_all_resources([model, tables], n_threads))
 
     isolated(partial(_loads, n_threads), tables.path)
-    n_ctx = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
+    n_ctx = longest
     n_batch = max(BLOCK_TOKENS, *batches)
-    rng = random.Random(0)
+    rng, pinned = random.Random(0), True
     times: dict[tuple[int, int], list[Seconds]] = {(batch, context): [] for context in contexts for batch in batches}
-    progress = tqdm(range(loads), desc="measuring", unit="load", disable=None)
-    others = _threads()
-    for _ in progress:
+    for _ in tqdm(range(loads), desc="measuring", unit="load", disable=None):
         for file in rng.sample([model, tables], 2):
             _place_anew(file)
         with ExitStack() as stack:
-            runs = [stack.enter_context(Run(path, n_ctx, n_batch, n_threads)) for path in (model.path, tables.path)]
-            if limit:
-                runs.append(stack.enter_context(Run(tables.path, n_ctx, n_batch, n_threads, constants=True)))
+            # in random order, which decides on the memory that each gets
+            kinds_of_run = [(model.path, False), (tables.path, False), (tables.path, True)][: 3 if limit else 2]
+            opened = {
+                kind: stack.enter_context(Run(kind[0], n_ctx, n_batch, n_threads, constants=kind[1]))
+                for kind in rng.sample(kinds_of_run, len(kinds_of_run))
+            }
+            runs = [opened[kind] for kind in kinds_of_run]
             tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, runs[0].n_vocab, 1 << 16, np.int32)
-            runs[0].time(tokens[:1], 1)
-            pinned = stack.enter_context(_pinned(others, n_threads))
+            pinned = stack.enter_context(_pinned(runs[0], n_threads)) and pinned
             for context in contexts:
                 for run in runs:
                     _fill(run, tokens, context)
@@ -219,29 +230,40 @@ def _processors() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
 
 
-def _threads() -> set[int]:
-    """Those of this process, where the system tells."""
-    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()} if sys.platform == "linux" else set()
+def _ticks() -> dict[int, int]:
+    """Processor time of each thread of this process, in the system's ticks; of none where it does not tell."""
+    if sys.platform != "linux":
+        return {}
+    stats = {int(entry.name): (entry / "stat").read_text() for entry in Path("/proc/self/task").iterdir()}
+    # the name in parentheses may hold spaces; user and system time are the 14th and 15th field
+    return {thread: sum(map(int, stat.rpartition(")")[2].split()[11:13])) for thread, stat in stats.items()}
 
 
 @contextmanager
-def _pinned(others: set[int], n_threads: int) -> Iterator[bool]:
-    """Keep this thread, and those that are not among the others, on a processor each.
+def _pinned(run: Run, n_threads: int) -> Iterator[bool]:
+    """Keep the threads that work for a model on a processor each.
 
-    Yields whether that was possible: threads must outlive a batch, as those of OpenMP do.
+    Yields whether that was possible: they must outlive a batch, as those of OpenMP do.
     """
-    workers = sorted(_threads() - others)
+    before, started = _ticks(), time.monotonic()
+    while time.monotonic() - started < PINNING_SECONDS:
+        run.keep(0)
+        run.time([0] * BLOCK_TOKENS, BLOCK_TOKENS)
+    spent = {thread: ticks - before.get(thread, ticks) for thread, ticks in _ticks().items()}
+    busy = spent.get(threading.get_native_id(), 0) / 2
+    workers = [thread for thread, ticks in spent.items() if ticks > 0 and ticks >= busy]
     processors = _processors()
-    if len(workers) != n_threads - 1 or len(processors) < n_threads or sys.platform != "linux":
+    if len(workers) != n_threads or len(processors) < n_threads:
         yield False
         return
-    for thread, processor in zip([0, *workers], processors, strict=False):
-        os.sched_setaffinity(thread, {processor})
     try:
+        for thread, processor in zip(workers, processors, strict=False):
+            os.sched_setaffinity(thread, {processor})
         yield True
     finally:
-        for thread in [0, *workers]:
-            os.sched_setaffinity(thread, processors)
+        for thread in workers:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, processors)
 
 
 def _kinds(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizationType]:
@@ -300,7 +322,8 @@ def _times(
 def _cell(batch: int, context: int, loads: Sequence[Seconds], expected: float) -> Cell:
     converted = ratio([times[:, 0] / times[:, 1] for times in loads])
     realised = None
-    if expected > 1 and converted.verdict != Ratio(1, 1, 1).verdict:
+    # an interval beyond the bound, or one that holds 1, tells of noise
+    if converted.low <= expected and expected > 1 and not converted.low <= 1 <= converted.high:
         realised = (converted.value - 1) / (expected - 1)
     limit = of_limit = None
     if loads[0].shape[1] == 3:
@@ -312,18 +335,18 @@ def _cell(batch: int, context: int, loads: Sequence[Seconds], expected: float) -
 
 
 def ratio(loads: Sequence[Seconds]) -> Ratio:
-    """The ratio that pairs of blocks [rounds] of several loads tell, which are both drawn anew for its confidence interval."""
-    rng = np.random.default_rng(0)
+    """The ratio that pairs of blocks [rounds] of several loads tell.
 
-    def median(pairs: Seconds) -> Seconds:
-        """Of N_BOOTSTRAP samples."""
-        drawn: Seconds = np.median(pairs[rng.integers(0, len(pairs), (N_BOOTSTRAP, len(pairs)))], axis=1)
-        return drawn
-
-    medians = np.array([median(pairs) for pairs in loads])
-    chosen = rng.integers(0, len(loads), (len(loads), N_BOOTSTRAP))
-    low, high = np.percentile(np.take_along_axis(medians, chosen, axis=0).mean(axis=0), [2.5, 97.5]).tolist()
-    return Ratio(float(np.mean([np.median(pairs) for pairs in loads])), low, high)
+    Blocks of one load share where it lies in memory, so the bootstrap draws loads. Of n of them it makes too little of their
+    spread, as a normal distribution does of Student's t: the interval is widened by that.
+    """
+    n, rng = len(loads), np.random.default_rng(0)
+    medians = np.array([np.median(pairs) for pairs in loads])
+    low, high = np.percentile(medians[rng.integers(0, n, (N_BOOTSTRAP, n))].mean(axis=1), [2.5, 97.5]).tolist()
+    value = float(medians.mean())
+    student = float(np.quantile(np.abs(rng.standard_t(n - 1, 1 << 18)), 0.95))
+    wider = student / NormalDist().inv_cdf(0.975) * math.sqrt(n / (n - 1))
+    return Ratio(value, value - wider * (value - low), value + wider * (high - value))
 
 
 def _all_resources(models: Sequence[Source], n_threads: int) -> Iterator[Resources]:
@@ -339,7 +362,8 @@ def _all_resources(models: Sequence[Source], n_threads: int) -> Iterator[Resourc
                     progress.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
-        was_cold = [load for load in cold[i] if load.bytes_read > model.bytes / 4]
+        weights = model.bytes - last.memory[TABLES]  # of tables, only rows are read
+        was_cold = [load for load in cold[i] if load.bytes_read > weights / 4]
         yield Resources(
             model.bytes,
             *last.memory,
@@ -373,6 +397,10 @@ def _place_anew(model: Source) -> None:
         with path.open("rb") as file:
             while file.read(CHUNK_BYTES):
                 pass
+
+
+# place of the tables' size in `_Load.memory`
+TABLES = 5
 
 
 @dataclass(frozen=True)
@@ -482,12 +510,8 @@ def summary(result: Bench) -> str:
     return "\n".join(lines)
 
 
-def plot(result: Bench, folder: Path) -> Path:
-    """Write a plot of the ratios to a folder, which is made. Returns the file, a PNG.
-
-    Raises:
-        FirstLayerError: matplotlib is not installed.
-    """
+def _pyplot() -> Any:
+    """matplotlib, which only plots need."""
     try:
         import matplotlib
 
@@ -495,15 +519,24 @@ def plot(result: Bench, folder: Path) -> Path:
         from matplotlib import pyplot
     except ImportError as err:
         raise FirstLayerError("--plot needs matplotlib; pip install matplotlib") from err
+    return pyplot
 
+
+def plot(result: Bench, folder: Path) -> Path:
+    """Write a plot of the ratios to a folder. Returns the file, a PNG.
+
+    Raises:
+        FirstLayerError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for context in dict.fromkeys(cell.context for cell in result.cells):
         cells = sorted((cell for cell in result.cells if cell.context == context), key=lambda cell: cell.batch)
         batches = [cell.batch for cell in cells]
         ratios = [cell.ratio.value for cell in cells]
         errors = [
-            [cell.ratio.value - cell.ratio.low for cell in cells],
-            [cell.ratio.high - cell.ratio.value for cell in cells],
+            [max(0.0, cell.ratio.value - cell.ratio.low) for cell in cells],
+            [max(0.0, cell.ratio.high - cell.ratio.value) for cell in cells],
         ]
         line = axes.errorbar(batches, ratios, errors, marker="o", capsize=3, label=f"after {context} tokens")
         limits = [cell.limit for cell in cells if cell.limit]
@@ -519,7 +552,6 @@ def plot(result: Bench, folder: Path) -> Path:
     axes.set_title(f"{result.converted.name}, {result.threads} threads, 95 % confidence intervals", fontsize=10)
     axes.legend(fontsize=8)
     path = folder / f"{result.converted.stem}-bench.png"
-    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -547,6 +579,9 @@ def main(args: argparse.Namespace) -> int:
     """Run `bench` from the command line."""
     if not 0 <= args.threads <= 1024:
         raise FirstLayerError(f"{args.threads} is no number of threads")
+    if args.plot:
+        _pyplot()
+        args.plot.mkdir(parents=True, exist_ok=True)
     result = bench(
         args.source, args.converted, batches=args.batch, contexts=args.context, threads=args.threads, limit=args.limit
     )

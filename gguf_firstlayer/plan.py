@@ -111,6 +111,12 @@ class Outline:
             return weight.bytes * share * n_tokens
         return weight.bytes * (1 - (1 - share) ** n_tokens)
 
+    def products(self, use: Use, n_tokens: int = 1) -> float:
+        """Multiplications with a weight for a batch of which the last token's logits are wanted."""
+        # what is done for one token only, like the head, does not grow
+        of_all = use.multiply_adds > self.weights[use.weight].values
+        return use.multiply_adds * n_tokens / self.n_batch if of_all else use.multiply_adds
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -405,14 +411,8 @@ def bound(outline: Outline, kinds: Mapping[Site, GGMLQuantizationType], batch: i
     by_bytes = n_bytes / (n_bytes - result.reads[0].bytes_without + result.reads[0].bytes_with)
     if batch == 1:
         return by_bytes
-
-    def products(use: Use) -> float:
-        # the head is only computed for the last token
-        of_all = use.multiply_adds > outline.weights[use.weight].values
-        return use.multiply_adds * batch / outline.n_batch if of_all else use.multiply_adds
-
-    total = sum(map(products, outline.uses))
-    gone = sum(map(products, outline.replaced([site for site in outline.sites if site in kinds])))
+    total = sum(outline.products(use, batch) for use in outline.uses)
+    gone = sum(outline.products(use, batch) for use in outline.replaced([site for site in outline.sites if site in kinds]))
     return max(by_bytes, total / (total - gone))
 
 

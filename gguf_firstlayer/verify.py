@@ -115,6 +115,9 @@ def verify(
         FirstLayerError: a file cannot be read or run, or is not what it should be; the text is too short.
     """
     model, tables = open_pair(Path(source), Path(converted))
+    if tokens < 1:
+        raise FirstLayerError(f"{tokens} is no number of tokens")
+    isolated(_loads, tables.path)  # lets llama.cpp check the file, so that its columns and shapes can be relied on
     sites, _, _ = tab.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
@@ -125,10 +128,9 @@ def verify(
         begin = analysis.tokenize("")[:1]  # as the text has it, if the model wants one
         n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
 
-    isolated(_loads, tables.path)
     measurement = tab.read_measurement(tables)
-    bound = measurement.max_kld if measurement else MAX_KLD
-    chunk = min(CHUNK, len(ids) // 2)
+    bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
+    chunk = min(CHUNK, len(ids) // 2, context_length(model))
     with Run(model.path, chunk, chunk) as one, Run(tables.path, chunk, chunk) as other:
         scores = _Scores()
         for first in range(0, len(ids) - chunk + 1, chunk):
@@ -138,7 +140,7 @@ def verify(
         starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
         n_prompt = min(PROMPT, chunk // 2)
         n_greedy = min(GREEDY, chunk - n_prompt)
-        prompts = [np.concatenate([begin, ids[start:]])[:n_prompt] for start in starts]
+        prompts = [np.concatenate([begin, ids[start + len(begin) : start + n_prompt]]) for start in starts]
         greedy = [_first_difference(_greedy(one, prompt, n_greedy), _greedy(other, prompt, n_greedy)) for prompt in prompts]
 
     klds, floors = np.concatenate(scores.klds), np.concatenate(scores.floors)
@@ -151,7 +153,7 @@ def verify(
         )
     elif not math.isfinite(added):
         problems.append("the output of the converted model is not finite")
-    p_source, p = math.exp(before.mean()), math.exp(after.mean())
+    p_source, p = float(np.exp(before.mean())), float(np.exp(after.mean()))
     return Verification(
         model.path,
         tables.path,
@@ -194,9 +196,16 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source]:
     return model, tables
 
 
+def context_length(model: Source) -> int:
+    """Tokens that a model was trained for; beyond, llama.cpp may abort."""
+    field = model.get_field(f"{model.architecture}.context_length")
+    length = field.contents() if field else None
+    return length if isinstance(length, int) and length > 0 else 1 << 31
+
+
 def _foreign(model: Source, placed: Sequence[tab.Placed], by_recipe: dict[str, Site]) -> list[str]:
     """What shows that tables are of another model."""
-    unknown = [site.name for site in placed if site.recipe not in by_recipe]
+    unknown = [site.name for site in placed if site.recipe not in by_recipe or by_recipe[site.recipe].width != site.width]
     if unknown:
         return [f"{', '.join(unknown)} of the converted file are computed otherwise in the source: it is of another model"]
     prints = fingerprints(model, [by_recipe[site.recipe] for site in placed])
@@ -208,6 +217,8 @@ def _foreign(model: Source, placed: Sequence[tab.Placed], by_recipe: dict[str, S
 
 def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArray[np.int32]:
     ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
+    if not len(ids) and text:
+        raise FirstLayerError("the model has no tokenizer; leave --text out, for random tokens")
     ids = ids[:n_max]
     if len(ids) < 4 * N_PROMPTS:
         raise FirstLayerError(f"{len(ids)} tokens are too few to measure; give a longer text")
@@ -284,6 +295,8 @@ class _Scores:
         self.logit_squares += float(np.square(difference, dtype=np.float64).sum())
         self.logit_count += difference.size
         p, q = log_softmax(source), log_softmax(converted)
+        if not np.isfinite(p).all():
+            raise FirstLayerError("the model cannot be measured: the source's output is not finite")
         self.klds.append(kl_divergence(p, q))
         self.floors.append(kl_divergence(p, log_softmax(again)))
         self.same.append(p.argmax(axis=1) == q.argmax(axis=1))

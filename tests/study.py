@@ -28,8 +28,9 @@ os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 import llama_cpp
 import numpy as np
 from catalogue import CATALOGUE, LLAMA, PARALLEL, Entry, rotated, sizes, write_model
-from counting import bytes_read, can_count, instructions, multiply_adds
+from counting import bytes_read, can_count, instructions
 from gguf import GGMLQuantizationType as Type
+from matplotlib import pyplot
 
 from gguf_firstlayer import bench, convert
 from gguf_firstlayer.bench import _place_anew, _times, ratio
@@ -52,12 +53,12 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXTS = (0, 512, 2048, 8192)
 
 REAL = ("SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m-q4_k_m")
-SHAPES = ("pythia-70m", "pythia-160m", "llama-68m", "mamba-130m", "qwen3-0.6b", "tinyllama-1.1b")
+SHAPES = ("pythia-70m", "pythia-160m", "llama-68m", "mamba-130m")
 COUNTED = ("llama-68m", "pythia-70m")
 TYPES = ("q4_0", "q8_0", "f16", "f32")
 
-# layers of SmolLM2 that make its draft, requests to each server, tokens of an answer
-DRAFT_LAYERS, REQUESTS, ANSWER = 4, 24, 48
+# layers of SmolLM2 that make its draft, starts of the servers, tokens of an answer
+DRAFT_LAYERS, STARTS, ANSWER = 4, 5, 48
 PROMPTS = ("Explain why the sky is blue.", "List the planets of the solar system.", "Write a short story about a harbour.")
 
 Result = dict[str, Any]
@@ -89,6 +90,7 @@ def measure(key: str, function: Callable[[], Result]) -> Result:
 def synthetic(layers: int, width: int, vocab: int, parallel: bool) -> Entry:
     """A Pythia or a Llama of any size."""
     keys = sizes(vocab, layers, width, 4 * width if parallel else 11 * width // 4, width // 64)
+    keys |= {"context_length": 16384}
     kind = "parallel" if parallel else "serial"
     name = f"{kind}-{layers}x{width}-{vocab}"
     if parallel:
@@ -118,12 +120,12 @@ def speeds(pair: tuple[Path, Path], batches: Sequence[int], contexts: Sequence[i
 
 def depth(layers: int, width: int, vocab: int, parallel: bool) -> Result:
     with converted(synthetic(layers, width, vocab, parallel)) as pair:
-        return speeds(pair, (1, PREFILL), loads=6, seconds=4)
+        return speeds(pair, (1, PREFILL), loads=4, seconds=2)
 
 
 def fading() -> Result:
     with converted(synthetic(4, 512, 50304, True)) as pair:
-        return speeds(pair, BATCHES, CONTEXTS, loads=5, seconds=2.5)
+        return speeds(pair, BATCHES, CONTEXTS, loads=4, seconds=2)
 
 
 class Driver:
@@ -180,7 +182,7 @@ def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     return stock, patched
 
 
-def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 12) -> Result:
+def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 8) -> Result:
     """Speeds of the source on the stock library, of the source on the patched one, and of the converted model."""
     stock, patched = libraries()
     rng, times = random.Random(0), {1: [], 128: []}
@@ -189,13 +191,14 @@ def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 12) -> 
         for path in pair:
             _place_anew(Source(path))
         with ExitStack() as stack:
-            runs = []
-            for library, path in ((stock, pair[0]), (patched, pair[0]), (patched, pair[1])):
-                runs.append(Driver(library, path, 512, 128, os.cpu_count() or 1))
-                stack.callback(runs[-1].close)
+            wanted = [(stock, pair[0]), (patched, pair[0]), (patched, pair[1])]
+            runs: dict[int, Driver] = {}
+            for i in rng.sample(range(len(wanted)), len(wanted)):
+                runs[i] = Driver(*wanted[i], 512, 128, os.cpu_count() or 1)
+                stack.callback(runs[i].close)
             tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, n_vocab, 1 << 14, np.int32)
             for batch, measured in times.items():
-                measured.append(_times(runs, tokens, batch, 0, seconds / loads, rng))
+                measured.append(_times([runs[i] for i in range(3)], tokens, batch, 0, seconds / loads, rng))
     cells = []
     for batch, measured in times.items():
         cells.append(
@@ -218,19 +221,19 @@ def real(name: str) -> Result:
     output = FOLDER / f"{name}-auto.gguf"
     convert(source, output, force=True, confirm=lambda _growth: None)
     pair = (source, output)
-    result = speeds(pair, (1, 128), loads=8, seconds=16, resources=True) | {"stock": with_stock(pair)}
+    result = speeds(pair, (1, 128), loads=6, seconds=12, resources=True) | {"stock": with_stock(pair)}
     output.unlink()
     return result
 
 
 def shape(name: str) -> Result:
     with converted(CATALOGUE[name]) as pair:
-        return speeds(pair, (1, 128), loads=6, seconds=10, resources=True) | {"stock": with_stock(pair)}
+        return speeds(pair, (1, 128), loads=6, seconds=8, resources=True) | {"stock": with_stock(pair)}
 
 
 def table_type(kind: str) -> Result:
     with converted(CATALOGUE["pythia-70m"], table=kind) as pair:
-        return speeds(pair, (1, 128), loads=6, seconds=8, resources=True)
+        return speeds(pair, (1, 128), loads=4, seconds=3, resources=True)
 
 
 def conversion(name: str) -> Result:
@@ -276,46 +279,37 @@ def draft() -> Result:
         with urllib.request.urlopen(request) as response:
             return json.load(response)
 
-    with ExitStack() as stack:
-        ports = []
-        for i, path in enumerate((plain, tables)):
-            ports.append(18480 + i)
-            command = [
-                PATCHED / "llama-server",
-                "-m",
-                target,
-                "-md",
-                path,
-                "--spec-type",
-                "draft-simple",
-                "--port",
-                str(ports[i]),
-            ]
-            server = subprocess.Popen([*command, "-c", "512", "-np", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            stack.callback(server.wait)
-            stack.callback(server.terminate)
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{ports[i]}/health")
-                    break
-                except OSError:
-                    assert server.poll() is None
-                    time.sleep(0.2)
-        rng, times, last = random.Random(0), [], {}
-        for turn in range(REQUESTS + 2):
-            elapsed = {}
+    rng, times, same = random.Random(0), [], True
+    for _ in range(STARTS):
+        with ExitStack() as stack:
+            ports = {}
             for i in rng.sample((0, 1), 2):
-                last[i] = ask(ports[i], PROMPTS[turn % len(PROMPTS)])
-                elapsed[i] = last[i]["timings"]["predicted_ms"]
-            times.append([elapsed[0], elapsed[1]])
-    pairs = np.array(times[2:])
-    timings = last[1]["timings"]
+                ports[i] = 18480 + i
+                command = [PATCHED / "llama-server", "-m", target, "-md", (plain, tables)[i], "--spec-type", "draft-simple"]
+                options = ["--port", str(ports[i]), "-c", "512", "-np", "1"]
+                server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                stack.callback(server.wait)
+                stack.callback(server.terminate)
+                while True:
+                    try:
+                        urllib.request.urlopen(f"http://127.0.0.1:{ports[i]}/health")
+                        break
+                    except OSError:
+                        assert server.poll() is None
+                        time.sleep(0.2)
+            pairs = []
+            for prompt in (PROMPTS[0], *PROMPTS):
+                answers = {i: ask(ports[i], prompt) for i in rng.sample((0, 1), 2)}
+                pairs.append(answers[0]["timings"]["predicted_ms"] / answers[1]["timings"]["predicted_ms"])
+                same = same and answers[0]["content"] == answers[1]["content"]
+            times.append(np.array(pairs[1:]))
+    timings = answers[1]["timings"]
     return {
         "bound_of_draft": bound,
-        "ratio": dataclasses.asdict(ratio([pairs[:, 0] / pairs[:, 1]])),
+        "ratio": dataclasses.asdict(ratio(times)),
         "drafted": timings.get("draft_n", 0),
         "accepted": timings.get("draft_n_accepted", 0),
-        "same_text": last[0]["content"] == last[1]["content"],
+        "same_text": same,
     }
 
 
@@ -323,8 +317,8 @@ def counts(pair: tuple[Path, Path]) -> Result:
     """Instructions and bytes of a decoded token, before and after, against the plan."""
     outline = of_file(pair[0])
     plan = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites})
-    total = sum(multiply_adds(outline, use) for use in outline.uses)
-    gone = sum(multiply_adds(outline, use) for use in outline.replaced(outline.sites))
+    total = sum(outline.products(use) for use in outline.uses)
+    gone = sum(outline.products(use) for use in outline.replaced(outline.sites))
     return {
         "bytes": [bytes_read(path) for path in pair],
         "bytes_planned": [plan.decode_bytes_without, plan.decode_bytes_with],
@@ -347,7 +341,7 @@ def machine() -> Result:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
@@ -363,8 +357,6 @@ def machine() -> Result:
 def all_measurements() -> dict[str, Callable[[], Result]]:
     """In the order in which they are made."""
     wanted: dict[str, Callable[[], Result]] = {"machine": machine}
-    for name in (REAL[0], *COUNTED):
-        wanted[f"counted {name}"] = lambda name=name: counted(name)
     for name in REAL:
         wanted[f"real {name}"] = lambda name=name: real(name)
     for name in SHAPES:
@@ -373,7 +365,7 @@ def all_measurements() -> dict[str, Callable[[], Result]]:
     wanted["fading"] = fading
     for kind in TYPES:
         wanted[f"type {kind}"] = lambda kind=kind: table_type(kind)
-    for name in ("pythia-70m", "tinyllama-1.1b"):
+    for name in ("pythia-70m", "qwen3-0.6b"):
         wanted[f"conversion {name}"] = lambda name=name: conversion(name)
     for layers in DEPTHS:
         for width in WIDTHS:
@@ -381,10 +373,233 @@ def all_measurements() -> dict[str, Callable[[], Result]]:
                 for parallel in (False, True):
                     options = (layers, width, vocab, parallel)
                     wanted[f"depth {synthetic(*options).name}"] = lambda options=options: depth(*options)
+    for name in (REAL[0], *COUNTED):
+        wanted[f"counted {name}"] = lambda name=name: counted(name)
     return wanted
+
+
+#
+# the page
+#
+
+
+def interval(value: Result) -> str:
+    """A ratio with its interval; in brackets if it cannot be told from 1."""
+    text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"({text})" if value["low"] <= 1 <= value["high"] else text
+
+
+def rows(*lines: Sequence[str]) -> str:
+    head, *body = lines
+    ruler = ["---", *["--:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ruler, *body)) + "\n"
+
+
+def cells(results: dict[str, Result], prefix: str) -> Iterator[tuple[str, Result]]:
+    """The cells of all measurements whose keys have a prefix, by the rest of the key."""
+    for key, result in results.items():
+        if key.startswith(f"{prefix} "):
+            for cell in result["cells"]:
+                yield key.removeprefix(f"{prefix} "), cell
+
+
+def overview(results: dict[str, Result]) -> str:
+    """How the targets are met, of all cells."""
+    found = [cell for prefix in ("real", "shape", "type", "depth") for _, cell in cells(results, prefix)]
+    found += results["fading"]["cells"]
+    limits = [cell["of_limit"] for cell in found]
+    stock = [cell for key in results if key.split()[0] in ("real", "shape") for cell in results[key]["stock"]["cells"]]
+    gains = [cell["converted"] for cell in stock] + [cell["ratio"] for cell in found]
+    sources = [cell["patched"] for cell in stock]
+
+    def above(ratios: list[Result], bound: float = 1) -> int:
+        return sum(value["low"] > bound for value in ratios)
+
+    def below(ratios: list[Result], bound: float = 1) -> int:
+        return sum(value["high"] < bound for value in ratios)
+
+    reached = sum(value["value"] >= 0.95 for value in limits)
+    median = np.median([value["value"] for value in limits])
+    lines = [
+        f"* {len(found)} cells (a model, a batch size, a length of context) were compared with their limit, the same graph",
+        f"  with constants instead of lookups. {reached} reach 95 % of it, the median is {median:.3f}; the whole interval is",
+        f"  below 95 % for {below(limits, 0.95)}.",
+        f"* Of {len(gains)} ratios to the source, {above(gains)} are faster beyond doubt, {below(gains)} slower, and",
+        f"  {below(gains, 0.995)} surely below 0.995. The others are within noise.",
+        f"* Of {len(sources)} ratios of the source on the patched library to the source on the stock one,",
+        f"  {above(sources)} are above 1 beyond doubt and {below(sources)} below. They run the same code: so far can the",
+        "  intervals be trusted.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def depth_section(results: dict[str, Result]) -> str:
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 7), layout="constrained", sharex=True)
+    lines = []
+    columns = [(width, vocab) for vocab in VOCABULARIES for width in WIDTHS]
+    for line, parallel in enumerate((False, True)):
+        for column, (width, vocab) in enumerate(columns):
+            axis = axes[line][column]
+            for index, batch in enumerate((1, PREFILL)):
+                points = []
+                for layers in DEPTHS:
+                    name = synthetic(layers, width, vocab, parallel).name
+                    cell = next(cell for cell in results[f"depth {name}"]["cells"] if cell["batch"] == batch)
+                    points.append(cell)
+                    if batch == 1:
+                        prefill = next(cell for cell in results[f"depth {name}"]["cells"] if cell["batch"] == PREFILL)
+                        texts = [
+                            text
+                            for shown in (cell, prefill)
+                            for text in (interval(shown["ratio"]), f"{shown['bound']:.3f}", f"{shown['of_limit']['value']:.3f}")
+                        ]
+                        lines.append([name, *texts])
+                saved = [100 * (1 - 1 / cell["ratio"]["value"]) for cell in points]
+                low = [100 * (1 - 1 / cell["ratio"]["low"]) for cell in points]
+                high = [100 * (1 - 1 / cell["ratio"]["high"]) for cell in points]
+                errors = [np.subtract(saved, low), np.subtract(high, saved)]
+                label = "decoding" if batch == 1 else f"prefill of {PREFILL}"
+                axis.errorbar(DEPTHS, saved, errors, fmt="o", color=f"C{index}", capsize=2, markersize=4, label=label)
+                bounds = [100 * (1 - 1 / cell["bound"]) for cell in points]
+                axis.plot(DEPTHS, bounds, color=f"C{index}", linewidth=1, label=f"{label}, by the plan")
+            axis.plot(DEPTHS, [100 / layers for layers in DEPTHS], "k:", label="1 / layers")
+            axis.set_title(f"{'parallel' if parallel else 'serial'}, width {width}, vocabulary {vocab}", fontsize=9)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(DEPTHS, map(str, DEPTHS))
+            axis.set_yscale("symlog", linthresh=1)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel("time saved, %")
+            if line == 1:
+                axis.set_xlabel("layers")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(DOCS / "study-depth.png", dpi=100)
+    parts = [f"{name}{part}" for name in ("decoding", "prefill") for part in ("", ": bound", ": of limit")]
+    return rows(["layers x width - vocabulary", *parts], *lines)
+
+
+def fading_section(results: dict[str, Result]) -> str:
+    found = {(cell["batch"], cell["context"]): cell for cell in results["fading"]["cells"]}
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for context in CONTEXTS:
+        points = [found[batch, context]["ratio"] for batch in BATCHES]
+        values = [point["value"] for point in points]
+        errors = [[p["value"] - p["low"] for p in points], [p["high"] - p["value"] for p in points]]
+        axis.errorbar(BATCHES, values, errors, marker="o", capsize=2, label=f"after {context} tokens")
+    axis.plot(BATCHES, [found[batch, 0]["bound"] for batch in BATCHES], "k--", label="bound by the plan")
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(BATCHES, map(str, BATCHES))
+    axis.set_xlabel("tokens per batch")
+    axis.set_ylabel("speed, converted / source")
+    axis.legend(fontsize=8)
+    figure.savefig(DOCS / "study-fading.png", dpi=100)
+    lines = [
+        [str(batch), f"{found[batch, 0]['bound']:.3f}", *[interval(found[batch, context]["ratio"]) for context in CONTEXTS]]
+        for batch in BATCHES
+    ]
+    return rows(["batch", "bound", *[f"after {context}" for context in CONTEXTS]], *lines)
+
+
+def real_section(results: dict[str, Result]) -> str:
+    lines = []
+    for prefix in ("real", "shape"):
+        for name, cell in cells(results, prefix):
+            stock = next(c for c in results[f"{prefix} {name}"]["stock"]["cells"] if c["batch"] == cell["batch"])
+            of_stock = [interval(stock["patched"]), interval(stock["converted"])]
+            ratios = [interval(cell["ratio"]), f"{cell['bound']:.3f}", interval(cell["of_limit"])]
+            lines.append([name, str(cell["batch"]), *of_stock, *ratios])
+    head = ["model", "batch", "source: patched / stock", "converted / stock", "converted / source", "bound", "of limit"]
+    return rows(head, *lines)
+
+
+def seconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}"
+
+
+def memory_section(results: dict[str, Result]) -> str:
+    lines = []
+    for key, result in results.items():
+        if key.split()[0] not in ("real", "shape") or not result["resources"]:
+            continue
+        for label, taken in (("source", result["resources_source"]), ("converted", result["resources"])):
+            sizes_text = [size_text(taken[name]) for name in ("file", "resident", "peak", "tables_mapped", "rows_touched")]
+            faults = f"{taken['minor_faults']} + {taken['major_faults']}"
+            loads = [f"{seconds(taken[name])} / {seconds(taken[name + '_cold'])}" for name in ("load", "first_token")]
+            lines.append([f"{key.split()[1]}, {label}", *sizes_text, faults, *loads])
+    head = ["model", "file", "resident", "peak", "tables mapped", "rows read", "page faults", "load, s", "first token, s"]
+    return rows(head, *lines)
+
+
+def type_section(results: dict[str, Result]) -> str:
+    lines = []
+    for kind in TYPES:
+        result = results[f"type {kind}"]
+        ratios = [interval(cell["ratio"]) for cell in result["cells"]]
+        lines.append([kind, size_text(result["resources"]["tables"]), *ratios])
+    return rows(["tables", "size", "decoding", "prefill of 128"], *lines)
+
+
+def count_section(results: dict[str, Result]) -> str:
+    lines = []
+    for key, result in results.items():
+        if not key.startswith("counted "):
+            continue
+        before, after = result["bytes"]
+        planned = result["bytes_planned"]
+        row = [key.split()[1], f"{before:,}", f"{planned[0]:,.0f}", f"{after:,}", f"{planned[1]:,.0f}"]
+        if result["instructions"]:
+            one, other = result["instructions"]
+            row += [f"{one / 1e6:,.2f} M", f"{other / 1e6:,.2f} M", f"{1 - other / one:.2%}"]
+        else:
+            row += ["no valgrind"] * 3
+        lines.append([*row, f"{result['products_eliminated']:.2%}"])
+    head = ["model", "bytes read", "plan", "converted", "plan", "instructions", "converted", "fewer", "products gone, plan"]
+    return rows(head, *lines)
+
+
+def page(results: dict[str, Result]) -> str:
+    where, of_draft = results["machine"], results["draft"]
+    parts = {
+        "machine": f"{where['processors']} processors ({where['processor']}), {where['memory']},\n{where['system']}",
+        "commit": where["commit"],
+        "date": where["date"],
+        "overview": overview(results),
+        "depth": depth_section(results),
+        "fading": fading_section(results),
+        "real": real_section(results),
+        "memory": memory_section(results),
+        "types": type_section(results),
+        "counts": count_section(results),
+        "prefill": str(PREFILL),
+        "draft": (
+            f"SmolLM2 with a draft of its own first {DRAFT_LAYERS} layers, in llama-server, greedily: with the draft converted,"
+            f" an answer is {interval(of_draft['ratio'])} times as fast. The draft's own bound is"
+            f" {of_draft['bound_of_draft']:.3f}, and it is a poor draft: of {of_draft['drafted']} tokens drafted for the last"
+            f" answer, {of_draft['accepted']} were accepted. The texts are"
+            f" {'the same' if of_draft['same_text'] else 'different'}."
+        ),
+        "conversion": rows(
+            ["first layer of", "prefill, tokens/s", "conversion, tokens/s", "ratio"],
+            *[
+                [
+                    key.split()[1],
+                    f"{result['prefill']:,.0f}",
+                    f"{result['convert']:,.0f}",
+                    f"{result['convert'] / result['prefill']:.2f}",
+                ]
+                for key, result in results.items()
+                if key.startswith("conversion ")
+            ],
+        ),
+    }
+    return (ROOT / "tests" / "study.md").read_text().format(**parts)
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     for key, function in all_measurements().items():
         measure(key, function)
+    measured = {key: known()[key] for key in all_measurements()}
+    (DOCS / "study.md").write_text(page(measured))
+    (DOCS / "study.json").write_text(json.dumps(measured, indent=1) + "\n")

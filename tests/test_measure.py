@@ -1,0 +1,308 @@
+"""verify and bench: what they find, against llama.cpp's own tools, the plan, and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPORT, ROOT, cli, convert, refusal, rewrite
+from counting import COUNTED, bytes_read, can_count, instructions
+
+from gguf_firstlayer import bench, paths, verify
+from gguf_firstlayer.bench import _load, _place_anew, ratio, summary
+from gguf_firstlayer.plan import bound, make, of_file
+from gguf_firstlayer.runtime import Run, Trial, analyse, isolated
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.tables import fitting
+from gguf_firstlayer.verify import summary as verify_summary
+
+TEXT = ROOT / "docs" / "design.md"
+
+
+#
+# verify
+#
+
+
+def test_f32_tables_change_nothing(smollm, smollm_flp):
+    result = verify(smollm, smollm_flp["f32"])
+    assert result.problems == []
+    assert (result.logit_max, result.kld_max, result.top1) == (0, 0, 1)
+    assert result.rows_same == 1
+    assert result.perplexity == result.perplexity_source
+    assert set(result.greedy) == {None}
+    assert result.kld_floor > 0  # or the comparison was of a thing with itself
+
+
+def test_agrees_with_llama_perplexity(smollm, smollm_flp, tmp_path):
+    tool = paths()["perplexity"]
+    common = ["-f", TEXT, "-c", 512, "-b", 512, "-ub", 512, "-t", 2, "--no-warmup"]
+
+    def perplexity(*options):
+        command = [str(word) for word in (tool, *options, *common, "--kl-divergence-base", tmp_path / "base")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    perplexity("-m", smollm)
+    printed = perplexity("-m", smollm_flp["q8_0"], "--kl-divergence")
+
+    def figure(name: str) -> list[float]:
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        return [float(value) for value in re.findall(r"-?\d+\.\d+", line.split(":")[1])]
+
+    result = verify(smollm, smollm_flp["q8_0"], text=TEXT.read_text(), tokens=1 << 20)
+    assert result.tokens // 512 * 255 == result.scored
+    assert result.scored > 1000
+    # the tool keeps logarithms of the source's probabilities in 16 bits
+    assert figure("Mean    KLD") == pytest.approx([result.kld, result.kld_error], rel=0.01, abs=1e-5)
+    assert figure("Median  KLD") == pytest.approx([result.kld_median], rel=0.02, abs=1e-5)
+    assert figure("99.0%   KLD") == pytest.approx([result.kld_p99], rel=0.02)
+    assert figure("Maximum KLD") == pytest.approx([result.kld_max], rel=0.02)
+    assert figure("Mean PPL(Q)  ")[0] == pytest.approx(result.perplexity, rel=1e-4)
+    assert figure("Mean PPL(base)")[0] == pytest.approx(result.perplexity_source, rel=1e-3)
+    change, error = figure("Mean PPL(Q)-PPL(base)")
+    assert change == pytest.approx(result.perplexity_change, abs=0.2 * error)
+    assert error == pytest.approx(result.perplexity_change_error, rel=0.02)
+    assert figure("Same top p")[0] == pytest.approx(100 * result.top1, abs=0.2)
+
+
+def test_verify_from_the_command_line(smollm, smollm_flp, tmp_path):
+    text = tmp_path / "text"
+    text.write_text(TEXT.read_text()[:4000])
+    done = cli("verify", smollm, smollm_flp["q8_0"], "--text", text, "--tokens", 256, "--json")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (result["tokens"], result["scored"]) == (256, 2 * 63)
+    assert len(result["greedy"]) == 4
+
+
+def test_tables_of_another_model(llama, tmp_path):
+    # of the same shapes, so that only the fingerprint tells
+    other = rewrite(
+        llama, tmp_path / "other.gguf", change_tensor=lambda name, data: data * 1.01 if "0.attn_q" in name else data
+    )
+    converted = convert(other, tmp_path / "other-flp.gguf").output
+    done = cli("verify", llama, converted)
+    assert done.returncode == 1
+    assert "computed from other weights" in done.stdout
+    assert "Qcur-0" in done.stdout
+    assert "Kcur-0" not in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q1_0"])  # gguf-py cannot read the last
+def test_wrong_rows_are_found(kind, llama, tmp_path):
+    converted = convert(llama, tmp_path / "right.gguf", type=kind).output
+
+    def swap(name, data):
+        data = data.copy()
+        if name.startswith("firstlayer"):
+            data[[0, 1]] = data[[1, 0]]
+        return data
+
+    wrong = rewrite(converted, tmp_path / "wrong.gguf", change_tensor=swap, change_type=_table_type(converted))
+    assert verify(llama, converted).problems == []
+    problems = verify(llama, wrong).problems
+    assert len(problems) == 1
+    assert "rows recomputed" in problems[0]
+    assert "as of 0" in problems[0]
+
+
+def _table_type(path):
+    from gguf import GGUFReader
+
+    return next(tensor.tensor_type for tensor in GGUFReader(path).tensors if tensor.name.startswith("firstlayer"))
+
+
+def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch):
+    converted = convert(smollm, tmp_path / "q4_0.gguf", type="q4_0").output
+    assert verify(smollm, converted).problems == []  # the bound of types that were asked for is wide
+    monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", 1e-4)
+    result = verify(smollm, converted)
+    assert result.kld_added > 2 * result.kld_added_error
+    assert "wider types" in verify_summary(result)
+    REPORT.append(f"verify: q4_0 tables of SmolLM2 add {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats")
+
+
+def test_verify_refuses(llama, llama_flp, tmp_path):
+    short, binary = tmp_path / "short", tmp_path / "binary"
+    short.write_text("a")
+    binary.write_bytes(b"\xff\xfe\xfd")
+    for arguments, words in (
+        ((llama, llama), "is not converted"),
+        ((llama_flp, llama_flp), "is itself converted"),
+        ((llama, tmp_path / "none.gguf"), "cannot be read"),
+        ((llama, llama_flp, "--tokens", 3), "too few"),
+        ((llama, llama_flp, "--tokens", -3), "no number of tokens"),
+        ((llama, llama_flp, "--text", binary), "UTF-8"),
+        ((llama, llama_flp, "--text", tmp_path / "none"), "No such file"),
+    ):
+        done = cli("verify", *arguments)
+        assert words in refusal(done)
+        assert done.returncode == 2
+
+
+#
+# bench
+#
+
+
+def test_intervals_hold_the_truth():
+    """Loads differ by 2 %, blocks of a load by 5 %: an interval that forgets the loads holds it in half of the cases."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        result = ratio([1.03 * np.exp(rng.normal(0, 0.02) + rng.normal(0, 0.05, 30)) for _ in range(6)])
+        held += result.low <= 1.03 <= result.high
+    assert 0.91 <= held / 400 <= 0.985  # 95 %, give or take three standard errors
+
+
+def test_no_winner_if_the_interval_holds_1():
+    def verdict(value):
+        return ratio([np.full(5, value) * factor for factor in (0.98, 1.0, 1.02)]).verdict
+
+    assert verdict(1.001) == "no difference that could be told"
+    assert (verdict(1.1), verdict(0.9)) == ("faster", "slower")
+
+
+def test_constants_instead_of_lookups(llama, llama_flp):
+    """The limit computes what the model would if the sites of the token at place i were those of token i."""
+    token = 100
+    with analyse(llama) as analysis:
+        exact = analysis.rows([0, token])
+        with Trial(llama, analysis, 16) as trial:
+            starts = np.cumsum([0] + [-(-site.width // 4) * 4 for site in analysis.sites])
+            ends = np.cumsum([site.width for site in analysis.sites])
+
+            def logits(rows):
+                for site, start, end in zip(analysis.sites, starts, ends, strict=False):
+                    trial.rows[token, start : start + site.width] = rows[end - site.width : end]
+                trial.keep(0)
+                return next(trial.decode([token])).copy()
+
+            replaced, right = logits(exact[0]), logits(exact[1])
+    with Run(llama_flp, 16, 16, constants=True) as run:
+        limit = next(run.decode([token])).copy()
+    assert np.abs(limit - replaced).max() < 1e-4 < np.abs(limit - right).max()
+
+
+def test_bench(smollm, smollm_flp, tmp_path):
+    processors = os.sched_getaffinity(0)
+    result = bench(smollm, smollm_flp["q8_0"], batches=(1, 8), contexts=(0, 64), limit=True, loads=2, seconds=0)
+    assert [(cell.batch, cell.context) for cell in result.cells] == [(1, 0), (8, 0), (1, 64), (8, 64)]
+    outline = of_file(smollm)
+    kinds = {site: fitting(_q8_0(), site.width) for site in outline.sites}
+    for cell in result.cells:
+        assert cell.bound == bound(outline, kinds, cell.batch)
+        assert cell.limit.low < cell.limit.value < cell.limit.high
+        assert 0 < cell.of_limit.value < 2
+        assert cell.source > 1
+    assert os.sched_getaffinity(0) == processors  # pinning is undone
+    if sys.platform == "linux":
+        taken = result.resources
+        assert result.resources_source.tables == 0
+        assert taken.tables > 40e6
+        assert taken.rows_touched <= taken.tables_mapped < taken.tables / 2  # or they were read with the rest of the file
+        assert taken.resident <= taken.peak
+        # tables are no part of what is read, but for their rows
+        weights = taken.file - taken.tables
+        assert weights < taken.resident_files < weights + taken.tables_mapped + 16e6
+    assert "of that" in summary(result)
+
+
+def _q8_0():
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType.Q8_0
+
+
+def test_bounds_of_batches(smollm):
+    outline = of_file(smollm)
+    kinds = {site: _q8_0() for site in outline.sites}
+    plan = make(outline, kinds)
+    assert bound(outline, kinds, 1) == plan.decode_bound
+    assert bound(outline, kinds, outline.n_batch) == pytest.approx(plan.prefill_bound)
+
+
+def test_bench_from_the_command_line(llama, llama_flp, tmp_path):
+    done = cli(
+        "bench", llama, llama_flp, "--batch", "1,4", "--context", "8", "--threads", 1, "--json", "--plot", tmp_path / "plots"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [cell["batch"] for cell in result["cells"]] == [1, 4]
+    assert result["threads"] == 1
+    (plot,) = (tmp_path / "plots").iterdir()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
+    for arguments, words in (
+        ((llama, llama), "is not converted"),
+        ((smollm, llama_flp), "not converted from this source"),
+        ((llama, llama_flp, "--batch", "0"), "a token at least"),
+        ((llama, llama_flp, "--threads", "-1"), "no number of threads"),
+        ((llama, llama_flp, "--context", "2000000"), "no batch size"),
+        ((llama, llama_flp, "--context", "1000000"), "has a context of"),
+    ):
+        assert words in refusal(cli("bench", *arguments))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told by Linux")
+def test_resident_memory_is_that_of_the_source_and_rows(smollm, smollm_flp):
+    """The F32 tables are twice as large as the model: they must not be read as a whole, nor kept in memory."""
+    for path in (smollm, smollm_flp["f32"]):
+        _place_anew(Source(path))  # of a file just written, Linux maps more at once
+    source, converted = (isolated(partial(_load, 2), path).memory for path in (smollm, smollm_flp["f32"]))
+    rows = converted[-1]
+    # Linux maps the 16 pages around one that is touched, if they are in the page cache
+    assert rows <= converted[-2] <= 17 * (rows + 160 * 4096)
+    assert converted[0] - converted[-2] <= source[0] + 4e6
+    REPORT.append(f"SmolLM2 resident: {source[0] / 2**20:.0f} MiB, with f32 tables {converted[0] / 2**20:.0f} MiB")
+
+
+#
+# counts
+#
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells which pages were accessed")
+def test_decoding_reads_what_the_plan_says(smollm, smollm_flp):
+    outline = of_file(smollm)
+    plan = make(outline, {site: _q8_0() for site in outline.sites})
+    before, after = bytes_read(smollm), bytes_read(smollm_flp["q8_0"])
+    # whole pages, and norms are next to matrices
+    assert before == pytest.approx(plan.decode_bytes_without, abs=16 * 4096)
+    assert after == pytest.approx(plan.decode_bytes_with, abs=16 * 4096)
+    assert before - after == pytest.approx(plan.decode_bytes_without - plan.decode_bytes_with, abs=4 * 4096)
+    REPORT.append(f"SmolLM2 reads {before:,} bytes per token, converted {after:,}")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not COUNTED.exists() or not can_count(), reason="needs valgrind, x86-64")
+@pytest.mark.parametrize("parallel", [False, True])
+def test_instructions_fall_as_the_plan_says(parallel, tmp_path):
+    code = (
+        "import sys, study; from pathlib import Path;"
+        f"entry = study.synthetic(2, 512, 256, {parallel});"
+        "study.write_model(entry, Path(sys.argv[1]), study.Type.Q4_K)"
+    )
+    source = tmp_path / "model.gguf"
+    subprocess.run([sys.executable, "-c", code, source], cwd=ROOT / "tests", check=True, capture_output=True)
+    converted = convert(source, tmp_path / "model-flp.gguf").output
+    outline = of_file(source)
+    total = sum(outline.products(use) for use in outline.uses)
+    gone = sum(outline.products(use) for use in outline.replaced(outline.sites))
+    before, after = instructions(source), instructions(converted)
+    # attention, norms and rounding of activations are the rest of the instructions, and stay
+    assert 0.75 * gone / total < 1 - after / before < 1.05 * gone / total
+    name = "parallel" if parallel else "serial"
+    REPORT.append(
+        f"2 {name} layers: {before:,.0f} instructions per token become {after:,.0f} ({after / before - 1:.1%}),"
+        f" products {-gone / total:.1%}"
+    )
