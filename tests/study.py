@@ -602,4 +602,4 @@ if __name__ == "__main__":
         measure(key, function)
     measured = {key: known()[key] for key in all_measurements()}
     (DOCS / "study.md").write_text(page(measured))
-    (DOCS / "study.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (DOCS / "study.json").write_text(json.dumps(measured, indent=1).replace(f"{ROOT}/", "") + "\n")
