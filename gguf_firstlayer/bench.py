@@ -198,7 +198,6 @@ def bench(
     if resources and sys.platform == "linux":
         taken = list(_all_resources([model, tables], n_threads))
 
-    isolated(partial(_loads, n_threads), tables.path)
     n_ctx = longest
     n_batch = max(BLOCK_TOKENS, *batches)
     rng, pinned = random.Random(0), True
@@ -274,11 +273,6 @@ def _kinds(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizatio
     if len(known) != len(kinds):
         raise FirstLayerError(f"{file.path} was not converted from this source; give the model that it was made from")
     return known
-
-
-def _loads(n_threads: int, path: Path) -> None:
-    """For `isolated`: llama.cpp may abort on a malformed file."""
-    Run(path, 16, 16, n_threads).close()
 
 
 def _fill(run: Run, tokens: npt.NDArray[np.int32], n: int) -> None:

@@ -117,7 +117,6 @@ def verify(
     model, tables = open_pair(Path(source), Path(converted))
     if tokens < 1:
         raise FirstLayerError(f"{tokens} is no number of tokens")
-    isolated(_loads, tables.path)  # lets llama.cpp check the file, so that its columns and shapes can be relied on
     sites, _, _ = tab.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
@@ -193,6 +192,7 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source]:
         raise FirstLayerError(f"{source} is itself converted; give the original model first")
     if tables.get_field(tab.KEY_VERSION) is None:
         raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
+    isolated(_loads, tables.path)  # llama.cpp checks the file, so that its columns and shapes can be relied on
     return model, tables
 
 
