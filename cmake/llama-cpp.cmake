@@ -4,6 +4,7 @@
 set(LLAMA_CPP_PYTHON_VERSION 0.3.36)
 set(LLAMA_CPP_PYTHON_SHA256  832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e)
 set(LLAMA_CPP_COMMIT         0c1e57098)
+set(LLAMA_H_SHA256           d5cf9203bea63b575e76cba4881f29cfd1b611451578b01582b75b72ecbb04bc)
 
 if (DEFINED ENV{XDG_CACHE_HOME})
     set(cache_default $ENV{XDG_CACHE_HOME}/gguf-firstlayer)
@@ -65,14 +66,24 @@ if (LLAMA_CPP_SOURCE_DIR)
     if (NOT EXISTS ${pristine}/include/llama.h)
         message(FATAL_ERROR "LLAMA_CPP_SOURCE_DIR: ${pristine} is not a llama.cpp checkout")
     endif()
+    set(commit "of ${pristine}")
     message(STATUS "llama.cpp: ${pristine}")
 else()
     fetch_llama_cpp(pristine)
     # llama.cpp would take these from the repository that its sources are in
     set(LLAMA_BUILD_COMMIT ${LLAMA_CPP_COMMIT})
     set(LLAMA_BUILD_NUMBER 0)
+    set(commit ${LLAMA_CPP_COMMIT})
     message(STATUS "llama.cpp: ${LLAMA_CPP_COMMIT} of llama-cpp-python ${LLAMA_CPP_PYTHON_VERSION}")
 endif()
+
+# the bindings declare what is in llama.h once more, so they fit no other one
+file(SHA256 ${pristine}/include/llama.h hash)
+set(bindings)
+if (hash STREQUAL LLAMA_H_SHA256)
+    set(bindings ${LLAMA_CPP_PYTHON_VERSION})
+endif()
+configure_file(${CMAKE_CURRENT_LIST_DIR}/build.json.in ${CMAKE_BINARY_DIR}/bin/build.json @ONLY)
 
 #
 # patches

@@ -6,6 +6,7 @@ from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.plan import Plan, Shape, plan
+from gguf_firstlayer.revert import Reversion, revert
 from gguf_firstlayer.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "FirstLayerError",
     "Inspection",
     "Plan",
+    "Reversion",
     "Shape",
     "Verification",
     "bench",
@@ -23,5 +25,6 @@ __all__ = [
     "inspect",
     "paths",
     "plan",
+    "revert",
     "verify",
 ]

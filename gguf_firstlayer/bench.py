@@ -28,7 +28,7 @@ from gguf_firstlayer.plan import MAX_DIGITS, bound, of_file
 from gguf_firstlayer.runtime import Run, Site, isolated, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import size_text, to_json
-from gguf_firstlayer.verify import context_length, open_pair
+from gguf_firstlayer.verify import Files, context_length, open_pair
 
 BATCHES, CONTEXTS = (1, 512), (0,)
 
@@ -179,7 +179,8 @@ def bench(
     Raises:
         FirstLayerError: a file cannot be read or run, or is not what it should be.
     """
-    model, tables = open_pair(Path(source), Path(converted))
+    model, tables, files = open_pair(Path(source), Path(converted))
+    plain = Files((model,))
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
             raise FirstLayerError(f"{size} is no batch size or length of a context")
@@ -196,7 +197,7 @@ def bench(
 
     taken: list[Resources | None] = [None, None]
     if resources and sys.platform == "linux":
-        taken = list(_all_resources([model, tables], n_threads))
+        taken = list(_all_resources([plain, files], n_threads))
 
     n_ctx = longest
     n_batch = max(BLOCK_TOKENS, *batches)
@@ -207,9 +208,11 @@ def bench(
             _place_anew(file)
         with ExitStack() as stack:
             # in random order, which decides on the memory that each gets
-            kinds_of_run = [(model.path, False), (tables.path, False), (tables.path, True)][: 3 if limit else 2]
+            kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
             opened = {
-                kind: stack.enter_context(Run(kind[0], n_ctx, n_batch, n_threads, constants=kind[1]))
+                kind: stack.enter_context(
+                    Run(kind[0].path, n_ctx, n_batch, n_threads, constants=kind[1], tables=kind[0].tables)
+                )
                 for kind in rng.sample(kinds_of_run, len(kinds_of_run))
             }
             runs = [opened[kind] for kind in kinds_of_run]
@@ -343,16 +346,17 @@ def ratio(loads: Sequence[Seconds]) -> Ratio:
     return Ratio(value, value - wider * (value - low), value + wider * (high - value))
 
 
-def _all_resources(models: Sequence[Source], n_threads: int) -> Iterator[Resources]:
+def _all_resources(models: Sequence[Files], n_threads: int) -> Iterator[Resources]:
     """Resources of models, each in processes of its own, one after the other."""
     cold: list[list[_Load]] = [[] for _ in models]
     warm: list[list[_Load]] = [[] for _ in models]
     with tqdm(desc="loading", total=2 * N_PROCESSES * len(models), unit="load", disable=None) as progress:
         for _ in range(N_PROCESSES):
             for i, model in enumerate(models):
-                _forget(model)
+                for source in model.sources:
+                    _forget(source)
                 for loads in (cold, warm):
-                    loads[i].append(isolated(partial(_load, n_threads), model.path))
+                    loads[i].append(isolated(partial(_load, n_threads, model.tables), model.path))
                     progress.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
@@ -405,7 +409,7 @@ class _Load:
     memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
 
 
-def _load(n_threads: int, path: Path) -> _Load:
+def _load(n_threads: int, sidecar: Path | None, path: Path) -> _Load:
     """Load a model and use it, for `isolated`."""
     import resource
 
@@ -420,7 +424,7 @@ def _load(n_threads: int, path: Path) -> _Load:
     library()  # not a part of loading the model
     before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
-    with Run(path, PROMPT + GENERATED + 1, PROMPT, n_threads) as run:
+    with Run(path, PROMPT + GENERATED + 1, PROMPT, n_threads, tables=sidecar) as run:
         loaded = time.perf_counter()
         tokens = np.random.default_rng(1).integers(0, run.n_vocab, PROMPT + GENERATED, np.int32)
         run.time(tokens[:1], 1)
@@ -430,7 +434,7 @@ def _load(n_threads: int, path: Path) -> _Load:
         run.time(tokens[:PROMPT], PROMPT)
         run.time(tokens[PROMPT:], 1)
         after, usage_after = status(), resource.getrusage(resource.RUSAGE_SELF)
-        file = Source(path)
+        file = Source(sidecar or path)
         _, tables, _ = tab.read(file)
         memory = (
             after["VmRSS"] - before["VmRSS"],

@@ -8,11 +8,12 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Conversion:
         measurement: of the tables, if types were chosen by it
         unmeasured: why they were not, although they should have been; "" otherwise
         source_bytes, output_bytes: sizes of the files
+        sidecar: whether the output has tables only, and is used with the source
+        decode_bound, prefill_bound: how many times as fast that can be at most, see `plan`
     """
 
     source: Path
@@ -61,16 +64,23 @@ class Conversion:
     unmeasured: str
     source_bytes: int
     output_bytes: int
+    sidecar: bool
+    decode_bound: float
+    prefill_bound: float
 
 
 class _Writer(GGUFWriter):
-    """A GGUFWriter that starts from the keys of another file, copied byte for byte."""
+    """A GGUFWriter that starts from the keys of another file, copied byte for byte; for a sidecar, from none."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, sidecar: bool) -> None:
         super().__init__(None, source.architecture)
-        self.kv_data[0].clear()  # the source has its architecture already
-        self.data_alignment = int(source.parts[0].alignment)
-        self._n_source_keys, self._source_keys = source.keys()
+        self._n_source_keys, self._source_keys = 0, b""
+        if sidecar:
+            self.add_type("firstlayer")
+        else:
+            self.kv_data[0].clear()  # the source has its architecture already
+            self.data_alignment = int(source.parts[0].alignment)
+            self._n_source_keys, self._source_keys = source.keys()
 
     @property
     def file(self) -> IO[bytes]:
@@ -113,6 +123,7 @@ def convert(
     max_growth: str | float | None = None,
     keep_weights: bool = False,
     split_max_size: str | None = None,
+    sidecar: bool = False,
     force: bool = False,
     confirm: Callable[[str], None] = refuse_growth,
 ) -> Conversion:
@@ -122,7 +133,7 @@ def convert(
 
     Args:
         source: the model, which is not modified; of a split model, the first part
-        output: default: `x-flp.gguf` beside `x.gguf`
+        output: default: `x-flp.gguf` beside `x.gguf`; of a sidecar, `x.firstlayer.gguf`
         type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest that
             do. "auto" measures, and takes the smallest types whose effect cannot be told from none
         max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
@@ -131,6 +142,7 @@ def convert(
             embeddings (images, audio)
         split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"
             (`llama-gguf-split --split-max-size`)
+        sidecar: write the tables only, to be used with the source (`llama-server -m SOURCE --firstlayer OUTPUT`)
         force: replace an existing output
         confirm: called, if the file grows by more than a quarter and no max_growth is given, with a sentence that says so; by
             default it raises
@@ -140,10 +152,16 @@ def convert(
     """
     wanted = None if type == "auto" else plan.table_type(type)
     model = Source(Path(source))
-    output = Path(output) if output is not None else model.path.with_name(f"{model.stem}-flp.gguf")
+    output = (
+        Path(output)
+        if output is not None
+        else model.path.with_name(f"{model.stem}.firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf")
+    )
     _check(model, output, split_max_size, force)
     if not 0 <= max_kld < math.inf:
         raise FirstLayerError(f"{max_kld} is no bound on the KL divergence; give a number of nats like 1e-4")
+    if sidecar and split_max_size is not None:
+        raise FirstLayerError("a sidecar is not split; leave --split-max-size out")
     budget = math.inf if max_growth is None else _budget(max_growth, model.bytes)
 
     with analyse(model.path) as analysis:
@@ -157,8 +175,8 @@ def convert(
         else:
             kinds = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
         if max_growth is None:
-            _check_growth(outline, kinds, keep_weights, confirm)
-        chosen, left_out = _within(budget - _metadata_bytes(analysis), outline, kinds, keep_weights)
+            _check_growth(outline, kinds, keep_weights, sidecar, confirm)
+        chosen, left_out = _within(budget - _metadata_bytes(analysis), outline, kinds, keep_weights or sidecar)
         if left_out and measurement is not None:
             measurement = auto.measure_again(model, analysis, {site: kinds[site] for site in chosen}, max_kld)
 
@@ -171,7 +189,7 @@ def convert(
             for t in model.tensors.values()
             if t.name in dropped
         ]
-        kept = [tensor for tensor in model.tensors.values() if tensor.name not in dropped]
+        kept = [] if sidecar else [tensor for tensor in model.tensors.values() if tensor.name not in dropped]
 
         needed = sum(t.n_bytes for t in kept) + sum(t.bytes for t in tables) + model.parts[0].data_offset + (1 << 20)
         needed *= 2 if split_max_size else 1
@@ -181,9 +199,11 @@ def convert(
                 f"{output.parent} has {size_text(free)} free, the output takes {size_text(needed)}; choose another with -o"
             )
 
-        with _replacing(output) as temporary:
-            writer = _Writer(model)
-            for key, value, value_type, sub_type in tab.metadata(sites, elided, measurement):
+        with replacing(output) as temporary:
+            writer = _Writer(model, sidecar)
+            origin = None if sidecar or len(model.parts) > 1 else tab.Origin(model.bytes, model.sha256(), model.header())
+            samples = _samples(model, chosen, dropped) if sidecar else None
+            for key, value, value_type, sub_type in tab.metadata(sites, elided, measurement, origin, samples):
                 writer.add_key_value(key, value, value_type, sub_type)
             for tensor in kept:
                 writer.add_tensor_info(
@@ -206,14 +226,23 @@ def convert(
             if split_max_size:
                 _split(temporary, split_max_size)
             first = min(temporary.parent.iterdir())
-            library().check(first)
+            library().check(*((model.path, first) if sidecar else (first,)))
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
+    expected = plan.make(outline, {site: kinds[site] for site in chosen})
     fallbacks = [site.name for site in chosen if wanted not in (None, kinds[site])]
     return Conversion(
         model.path, output.with_name(first.name), sites, tables, elided, fallbacks, left_out, measurement, unmeasured,
-        model.bytes, output_bytes,
+        model.bytes, output_bytes, sidecar, expected.decode_bound, expected.prefill_bound,
     )  # fmt: skip
+
+
+def _samples(model: Source, sites: Sequence[Site], elided: Iterable[str]) -> dict[str, bytes]:
+    """Some bytes of each weight that a sidecar replaces or was computed from, to tell the source by."""
+    names = {name for site in sites for name in site.weights}.union(elided)
+    data = {name: model.data(name) for name in sorted(names)}
+    starts = {name: (len(weight) - tab.SAMPLE) // 2 for name, weight in data.items() if len(weight) >= tab.SAMPLE}
+    return {name: bytes(data[name][start : start + tab.SAMPLE]) for name, start in starts.items()}
 
 
 def _split(path: Path, max_size: str) -> None:
@@ -247,12 +276,17 @@ def _metadata_bytes(analysis: Analysis) -> int:
     return sites + sum(len(name) + 128 for name in analysis.elidable) + 4096
 
 
-def _check_growth(outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, confirm: Callable[[str], None]) -> None:
-    """Ask whether to write a file that grows by much."""
-    growth = plan.make(outline, kinds, keep_weights=keep_weights).file_change
+def _check_growth(
+    outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, sidecar: bool, confirm: Callable[[str], None]
+) -> None:
+    """Ask whether to write a file that grows by much, or a sidecar that is large."""
+    growth = plan.make(outline, kinds, keep_weights=keep_weights or sidecar).file_change
     if growth > plan.GROWTH_ASKED * outline.bytes:
+        before, added = size_text(outline.bytes), f"{size_text(growth)} ({growth / outline.bytes:+.0%})"
         confirm(
-            f"{outline.name} would grow from {size_text(outline.bytes)} by {size_text(growth)} ({growth / outline.bytes:+.0%})"
+            f"a sidecar of {outline.name} would take {added} beside its {before}"
+            if sidecar
+            else f"{outline.name} would grow from {before} by {added}"
         )
 
 
@@ -288,7 +322,7 @@ def _check(model: Source, output: Path, split_max_size: str | None, force: bool)
 
 
 @contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
+def replacing(output: Path) -> Iterator[Path]:
     """A file of the output's name in a temporary folder beside it; what is in the folder moves out in the end."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
@@ -356,15 +390,22 @@ def summary(result: Conversion) -> str:
     change = result.output_bytes - result.source_bytes
     table_bytes = sum(table.bytes for table in result.tables)
     types = {site.name: result.tables[site.table].type.name.lower() for site in result.sites}
+    command = ["python", "-m", "gguf_firstlayer", "run", "main", "-m", result.source if result.sidecar else result.output]
+    command += ["--firstlayer", result.output] if result.sidecar else []
+    what = "not loaded" if result.sidecar else "eliminated"
+    before, after = size_text(result.source_bytes), size_text(result.output_bytes)
+    files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
     lines = [
         f"{names} of every token now come from {len(result.tables)} table(s) of {size_text(table_bytes)}.",
-        f"eliminated: {len(result.elided)} weights, {size_text(eliminated)}"
+        f"{what}: {len(result.elided)} weights, {size_text(eliminated)}"
         + (f" ({', '.join(weight.name for weight in result.elided)})" if result.elided else " (--keep-weights)"),
         *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
         *(f"left out by --max-growth: {plan.describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),
-        f"file: {size_text(result.source_bytes)} -> {size_text(result.output_bytes)} ({change / result.source_bytes:+.1%})",
+        f"file: {files}",
+        f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
         f"wrote {result.output}",
+        f'run it: {shlex.join(map(str, command))} -p "..."',
     ]
     return "\n".join(lines)
 
@@ -385,6 +426,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="whatever the file grows by")
     parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
     parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of this size at most, as llama-gguf-split does")
+    parser.add_argument("--sidecar", action="store_true", help="write the tables only, to IN.firstlayer.gguf; IN stays in use")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -410,6 +452,7 @@ def main(args: argparse.Namespace) -> int:
         max_growth=args.max_growth,
         keep_weights=args.keep_weights,
         split_max_size=args.split_max_size,
+        sidecar=args.sidecar,
         force=args.force,
         confirm=_accept if args.yes else _ask if sys.stdin.isatty() else refuse_growth,
     )

@@ -21,6 +21,7 @@ class Inspection:
     Attributes:
         path, architecture, file_bytes: of the file; of all parts of a split model
         converted: whether it holds tables
+        sidecar: whether it holds nothing else
         sites: `tables.Placed` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
         elided: weights that a converted file does not hold
@@ -33,6 +34,7 @@ class Inspection:
     architecture: str
     file_bytes: int
     converted: bool
+    sidecar: bool
     sites: list[tab.Placed] | list[Site]
     tables: list[tab.Table]
     elided: list[tab.Elided]
@@ -52,16 +54,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     architecture, file_bytes = source.architecture, source.bytes
     sites, tables, elided = tab.read(source)
     if sites:
-        return Inspection(path, architecture, file_bytes, True, sites, tables, elided, tab.read_measurement(source), [], "")
+        sidecar, measurement = tab.is_sidecar(source), tab.read_measurement(source)
+        return Inspection(path, architecture, file_bytes, True, sidecar, sites, tables, elided, measurement, [], "")
     with analyse(path) as analysis:
         return Inspection(
-            path, architecture, file_bytes, False, list(analysis.sites), [], [], None, list(analysis.elidable), analysis.blocker
-        )
+            path, architecture, file_bytes, False, False, list(analysis.sites), [], [], None, list(analysis.elidable),
+            analysis.blocker,
+        )  # fmt: skip
 
 
 def text(result: Inspection) -> str:
     """The result as people read it."""
-    state = "converted" if result.converted else "not converted"
+    state = "tables of a model in another file" if result.sidecar else "converted" if result.converted else "not converted"
     lines = [f"{result.path}: {result.architecture}, {size_text(result.file_bytes)}, {state}"]
     if not result.sites:
         lines.append(f"no sites: {result.blocker}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from gguf_firstlayer.errors import FirstLayerError
 
@@ -34,7 +37,7 @@ def library_name(name: str) -> str:
 
 
 def paths() -> dict[str, Path]:
-    """Libraries (`libllama`, `libggml-base`) and tools of the build, by name.
+    """Libraries (`libllama`, `libggml`, `libggml-base`) and tools of the build, by name.
 
     The installed package is searched first, then the `build` folder of a checkout. Tools that were not built are left out.
 
@@ -44,13 +47,50 @@ def paths() -> dict[str, Path]:
     for folder in (PACKAGE / "bin", PACKAGE.parent / "build" / "bin"):
         if not (folder / library_name("llama")).exists():
             continue
-        found = {f"lib{name}": folder / library_name(name) for name in ("llama", "ggml-base")}
+        found = {f"lib{name}": folder / library_name(name) for name in ("llama", "ggml", "ggml-base")}
         suffix = ".exe" if sys.platform == "win32" else ""
         found |= {name: folder / (tool + suffix) for name, tool in TOOLS.items() if (folder / (tool + suffix)).exists()}
         return found
-    raise FirstLayerError(
-        "the patched llama.cpp is not built; run scripts/quickstart, or: cmake -B build && cmake --build build"
-    )
+    raise FirstLayerError("the patched llama.cpp is not built; run: pip install . (in a checkout, scripts/quickstart)")
+
+
+class Build(NamedTuple):
+    """What the libraries were built from.
+
+    Attributes:
+        commit: of llama.cpp
+        bindings: version of llama-cpp-python whose declarations fit; "" if it was built from another llama.cpp
+    """
+
+    commit: str
+    bindings: str
+
+
+def build() -> Build:
+    """Read what cmake/llama-cpp.cmake noted beside the libraries.
+
+    Raises:
+        FirstLayerError: there is no build, or it is incomplete.
+    """
+    path = paths()["libllama"].with_name("build.json")
+    try:
+        noted = json.loads(path.read_text())
+        return Build(noted["llama.cpp"], noted["llama-cpp-python"])
+    except (OSError, ValueError, KeyError) as err:
+        raise FirstLayerError(f"{path} is missing or damaged; build llama.cpp again") from err
+
+
+def load_backends() -> None:
+    """Load the backends that fit this machine, if they are not part of the libraries (`GGML_BACKEND_DL`).
+
+    llama.cpp looks for them beside the executable, and in the working directory, neither of which is where they are if the
+    executable is Python.
+    """
+    found = paths()
+    ggml = ctypes.CDLL(str(found["libggml"]))
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_dev_count() == 0:
+        ggml.ggml_backend_load_all_from_path(os.fsencode(found["libggml"].parent))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

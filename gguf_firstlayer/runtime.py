@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.paths import paths
+from gguf_firstlayer.paths import load_backends, paths
 
 T = TypeVar("T")
 Self = TypeVar("Self", bound="Run")
@@ -136,6 +136,7 @@ class Library:
             self.llama = ctypes.CDLL(str(found["libllama"]))
         except OSError as err:
             raise FirstLayerError(f"the patched llama.cpp cannot be loaded ({err}); build it again") from err
+        load_backends()
         if not hasattr(self.llama, "llama_firstlayer_open"):
             raise FirstLayerError(f"{found['libllama']} is not patched; build again without -DFIRSTLAYER=OFF")
 
@@ -163,6 +164,7 @@ class Library:
             "llama_firstlayer_get_blocker": (text, [handle]),
             "llama_firstlayer_n_uses": (i32, [handle]),
             "llama_firstlayer_get_use": (i32, [handle, i32, ctypes.POINTER(_CUse)]),
+            "llama_firstlayer_set_tables": (None, [text]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
@@ -195,17 +197,32 @@ class Library:
         """What the last function of ours that failed said, and the first that llama.cpp logged before."""
         return " / ".join([self.llama.llama_firstlayer_error().decode(), *self.errors[:1]])
 
-    def check(self, path: Path) -> None:
+    @contextmanager
+    def tables(self, path: Path | None) -> Iterator[None]:
+        """Let models that are loaded take their tables from a sidecar, if one is given (`llama_firstlayer_set_tables`)."""
+        self.llama.llama_firstlayer_set_tables(os.fsencode(path) if path else None)
+        try:
+            yield
+        finally:
+            self.llama.llama_firstlayer_set_tables(None)
+
+    def check(self, path: Path, tables: Path | None = None) -> None:
         """Let llama.cpp load a converted file without its weights (`llama_firstlayer_check`).
+
+        Args:
+            path: of the model
+            tables: its sidecar, if it is that which is checked
 
         Raises:
             FirstLayerError: it cannot be loaded.
         """
         self.errors.clear()
-        with _undisturbed():
+        with _undisturbed(), self.tables(tables):
             status = self.llama.llama_firstlayer_check(os.fsencode(path))
         if status != 0:
-            raise FirstLayerError(f"{path.name} would not load, so it was not written; please report this: {self.error()}")
+            raise FirstLayerError(
+                f"{(tables or path).name} would not load, so it was not written; please report this: {self.error()}"
+            )
 
     def validate(self, path: Path) -> Extent:
         """Let ggml parse a GGUF header (`gguf_init_from_file`), which is hardened against malformed files.
@@ -380,6 +397,7 @@ class Run:
         n_batch: most tokens that are decoded at once
         n_threads: 0 for all
         constants: of a converted model: there are no lookups, the sites come from constants, and the output is wrong
+        tables: sidecar that has the model's tables
 
     Raises:
         FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
@@ -392,12 +410,13 @@ class Run:
         n_batch: int = 128,
         n_threads: int = 0,
         constants: bool = False,
+        tables: Path | None = None,
         _rows_of: Analysis | None = None,
     ) -> None:
         self._library, self.path, self.n_batch = library(), path, n_batch
         self._library.errors.clear()
         analysis = _rows_of.handle if _rows_of else None
-        with _undisturbed():
+        with _undisturbed(), self._library.tables(tables):
             self.handle = self._library.llama.llama_firstlayer_run_open(
                 os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 import tempfile
@@ -16,6 +17,9 @@ from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Extent, library
+
+# bytes of a file that are hashed at once: Ctrl-C waits for so much
+_HASHED = 64 << 20
 
 
 class _Reader(GGUFReader):
@@ -103,6 +107,10 @@ def without_data(path: Path) -> Iterator[Path]:
         yield Path(folder) / path.name
 
 
+def _field_bytes(field: ReaderField) -> bytes:
+    return b"".join(part.tobytes() for part in field.parts)
+
+
 class Source:
     """A model in a GGUF file, or in the parts that `llama-gguf-split` makes.
 
@@ -171,9 +179,31 @@ class Source:
         return path, int(tensor.data_offset), int(tensor.n_bytes)
 
     def keys(self) -> tuple[int, bytes]:
-        """The keys of the model as (number, bytes in the file), without those of a split file (`split.*`)."""
-        fields = [field for name, field in self.parts[0].fields.items() if not name.startswith(("GGUF.", "split."))]
-        return len(fields), b"".join(part.tobytes() for field in fields for part in field.parts)
+        """The model's own keys as (number, bytes in the file): not those of a split file, or of tables."""
+        foreign = ("GGUF.", "split.", "firstlayer.")
+        fields = [field for name, field in self.parts[0].fields.items() if not name.startswith(foreign)]
+        return len(fields), b"".join(map(_field_bytes, fields))
+
+    def array_bytes(self, key: str) -> bytes:
+        """The elements of an array of bytes, none if the model does not have it."""
+        field = self.get_field(key)
+        if field is None or field.types != [GGUFValueType.ARRAY, GGUFValueType.UINT8]:
+            return b""
+        return _field_bytes(field)[8 + len(key.encode()) + 4 + 12 :]  # after its name, type, and number of elements
+
+    def sha256(self) -> str:
+        """SHA-256 of the file, or of its parts one after the other, hexadecimal."""
+        digest = hashlib.sha256()
+        for reader in self.parts:
+            for first in range(0, len(reader.data), _HASHED):
+                digest.update(reader.data[first : first + _HASHED].data)
+        return digest.hexdigest()
+
+    def header(self) -> bytes:
+        """The header of the file, without its keys: magic, version, and the numbers of tensors and keys; tensor infos."""
+        reader = self.parts[0]
+        infos = [tensor.field for tensor in reader.tensors]
+        return reader.data[:24].tobytes() + b"".join(map(_field_bytes, infos))
 
     @property
     def stem(self) -> str:

@@ -21,6 +21,10 @@ MAX_DIMS = 4
 ALIGNMENT = 4
 
 KEY_VERSION = "firstlayer.version"
+KEY_SAMPLE = "firstlayer.source.sample"
+
+# bytes from the middle of a weight by which a sidecar knows its source (llama_firstlayer::N_SAMPLE)
+SAMPLE = 32
 
 _T = GGMLQuantizationType
 
@@ -128,6 +132,21 @@ class Measurement:
     perplexity: float
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What it takes to restore the source of a converted file.
+
+    Attributes:
+        size: in bytes
+        sha256: of the file, hexadecimal
+        header: the source's header without its keys: its first 24 bytes and its tensor infos
+    """
+
+    size: int
+    sha256: str
+    header: bytes
+
+
 def table_name(i: int) -> str:
     """Name of the tensor of table i."""
     return f"firstlayer.{i}.table"
@@ -180,9 +199,21 @@ def padded(width: int) -> int:
 
 
 def metadata(
-    sites: Sequence[Placed], elided: Sequence[Elided], measurement: Measurement | None = None
+    sites: Sequence[Placed],
+    elided: Sequence[Elided],
+    measurement: Measurement | None = None,
+    origin: Origin | None = None,
+    samples: Mapping[str, bytes] | None = None,
 ) -> list[tuple[str, Any, GGUFValueType, GGUFValueType | None]]:
-    """The `firstlayer.*` keys as (key, value, type, element type of an array)."""
+    """The `firstlayer.*` keys as (key, value, type, element type of an array).
+
+    Args:
+        sites: of the file
+        elided: weights that it does without
+        measurement: that the types were chosen by
+        origin: of a file that replaces its source
+        samples: of a sidecar: bytes of the source's weights by their names
+    """
 
     def array(key: str, values: Iterable[Any], kind: GGUFValueType) -> tuple[str, Any, GGUFValueType, GGUFValueType]:
         return f"firstlayer.{key}", list(values), GGUFValueType.ARRAY, kind
@@ -208,7 +239,32 @@ def metadata(
             (f"firstlayer.measured.{name}", value, GGUFValueType.UINT32 if name == "tokens" else GGUFValueType.FLOAT32, None)
             for name, value in dataclasses.asdict(measurement).items()
         ]
+    if origin:
+        keys += [
+            ("firstlayer.origin.bytes", origin.size, GGUFValueType.UINT64, None),
+            ("firstlayer.origin.sha256", origin.sha256, GGUFValueType.STRING, None),
+            array("origin.header", origin.header, GGUFValueType.UINT8),
+        ]
+    if samples:
+        keys += [
+            array("source.name", samples, GGUFValueType.STRING),
+            array("source.sample", b"".join(samples.values()), GGUFValueType.UINT8),
+        ]
     return keys
+
+
+def is_sidecar(source: Source) -> bool:
+    """Whether a file has tables of a model that is in another file."""
+    return source.get_field(KEY_SAMPLE) is not None
+
+
+def read_origin(source: Source) -> Origin | None:
+    """What it takes to restore the source of a converted file, None if it does not say."""
+    size, sha256 = (source.get_field(f"firstlayer.origin.{name}") for name in ("bytes", "sha256"))
+    header = source.array_bytes("firstlayer.origin.header")
+    if size is None or sha256 is None or not header:
+        return None
+    return Origin(int(size.contents()), str(sha256.contents()), header)
 
 
 def read_measurement(source: Source) -> Measurement | None:

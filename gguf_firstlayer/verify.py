@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import gguf
 import numpy as np
@@ -107,14 +108,14 @@ def verify(
 
     Args:
         source: GGUF file; of a split model, the first part
-        converted: likewise
+        converted: likewise; or a sidecar, which is run with the source
         text: to run both over; a built-in one by default
         tokens: of the text, at most
 
     Raises:
         FirstLayerError: a file cannot be read or run, or is not what it should be; the text is too short.
     """
-    model, tables = open_pair(Path(source), Path(converted))
+    model, tables, files = open_pair(Path(source), Path(converted))
     if tokens < 1:
         raise FirstLayerError(f"{tokens} is no number of tokens")
     sites, _, _ = tab.read(tables)
@@ -130,7 +131,7 @@ def verify(
     measurement = tab.read_measurement(tables)
     bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
     chunk = min(CHUNK, len(ids) // 2, context_length(model))
-    with Run(model.path, chunk, chunk) as one, Run(tables.path, chunk, chunk) as other:
+    with Run(model.path, chunk, chunk) as one, Run(files.path, chunk, chunk, tables=files.tables) as other:
         scores = _Scores()
         for first in range(0, len(ids) - chunk + 1, chunk):
             part = ids[first : first + chunk].copy()
@@ -181,8 +182,33 @@ def verify(
     )
 
 
-def open_pair(source: Path, converted: Path) -> tuple[Source, Source]:
-    """A model, and a file converted from one.
+class Files(NamedTuple):
+    """What llama.cpp runs.
+
+    Attributes:
+        sources: the model, and its sidecar if it has one
+    """
+
+    sources: tuple[Source, ...]
+
+    @property
+    def path(self) -> Path:
+        """Of the model."""
+        return self.sources[0].path
+
+    @property
+    def tables(self) -> Path | None:
+        """Of the sidecar."""
+        return self.sources[1].path if len(self.sources) > 1 else None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(source.bytes for source in self.sources)
+
+
+def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
+    """A model, a file with tables for it, and what is run with those tables.
 
     Raises:
         FirstLayerError: one of them cannot be read, or is not what it should be.
@@ -192,8 +218,9 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source]:
         raise FirstLayerError(f"{source} is itself converted; give the original model first")
     if tables.get_field(tab.KEY_VERSION) is None:
         raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
-    isolated(_loads, tables.path)  # llama.cpp checks the file, so that its columns and shapes can be relied on
-    return model, tables
+    files = Files((model, tables) if tab.is_sidecar(tables) else (tables,))
+    isolated(partial(_loads, files.tables), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
+    return model, tables, files
 
 
 def context_length(model: Source) -> int:
@@ -225,9 +252,9 @@ def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArra
     return ids
 
 
-def _loads(path: Path) -> None:
+def _loads(tables: Path | None, path: Path) -> None:
     """For `isolated`: llama.cpp may abort on a malformed file."""
-    Run(path, 16, 16).close()
+    Run(path, 16, 16, tables=tables).close()
 
 
 def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:

@@ -51,8 +51,14 @@ def on_log(level, text, _user_data):
 
 
 class Model:
-    def __init__(self, path, **options):
+    def __init__(self, path, sidecar=None, **options):
         params = llama_cpp.llama_model_default_params()
+        if sidecar:
+            self.overrides = (llama_cpp.llama_model_kv_override * 2)()
+            self.overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+            self.overrides[0].key = b"firstlayer.file"
+            self.overrides[0].value.val_str = sidecar.encode()
+            params.kv_overrides = self.overrides
         if "n_gpu_layers" not in options:
             self.no_device = (ctypes.c_void_p * 1)(None)  # it would also be lent large products of layers on the processor
             params.devices = ctypes.cast(self.no_device, ctypes.c_void_p)
@@ -302,7 +308,7 @@ def devices(_job):
 def load(job):
     """ "" if a model loads, or what llama.cpp said."""
     try:
-        Model(job["model"]).close()
+        Model(job["model"], **job.get("load", {})).close()
     except RuntimeError as err:
         return str(err)
     return ""
@@ -405,6 +411,12 @@ def session(job):
             with open("/proc/self/status") as file:
                 status = dict(line.split(":", 1) for line in file)
             results.append(np.array([int(status["VmRSS"].split()[0]) * 1024]))
+        elif step == "mapped":
+            with open("/proc/self/smaps") as file:
+                lines = [line.split() for line in file]
+            starts = [i for i, line in enumerate(lines) if line[-1] == arguments[0]]
+            sizes = [next(line for line in lines[start:] if line[0] == "Rss:")[1] for start in starts]
+            results.append(np.array([1024 * sum(map(int, sizes))]))
         elif step == "save":
             save(context, *arguments)
         elif step == "load":

@@ -22,6 +22,11 @@ static const char * const KV_SITE_WIDTH       = "firstlayer.site.width";
 static const char * const KV_ELIDED_NAME      = "firstlayer.elided.name";
 static const char * const KV_ELIDED_TYPE      = "firstlayer.elided.type";
 static const char * const KV_ELIDED_DIMENSION = "firstlayer.elided.dimension";
+static const char * const KV_SOURCE_NAME      = "firstlayer.source.name";
+static const char * const KV_SOURCE_SAMPLE    = "firstlayer.source.sample";
+
+// of a model, not of a file: an override tells the file that has its tables
+static const char * const KV_FILE = "firstlayer.file";
 
 static const uint32_t VERSION = 1;
 
@@ -54,15 +59,90 @@ static const uint32_t * get_u32(const gguf_context * meta, const char * key, siz
     return (const uint32_t *) gguf_get_arr_data(meta, find_array(meta, key, GGUF_TYPE_UINT32, n, true));
 }
 
+static thread_local std::string path_tables;
+
+void llama_firstlayer_set_tables(const char * path) {
+    path_tables = path ? path : "";
+}
+
+// whether the tables in a sidecar were computed from this model: its weights have the same bytes in their middle
+static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
+    size_t          n_weights = 0;
+    const int64_t   id_name   = find_array(meta, KV_SOURCE_NAME, GGUF_TYPE_STRING, n_weights, true);
+    size_t          n_bytes   = n_weights * llama_firstlayer::N_SAMPLE;
+    const uint8_t * sample =
+        (const uint8_t *) gguf_get_arr_data(meta, find_array(meta, KV_SOURCE_SAMPLE, GGUF_TYPE_UINT8, n_bytes, true));
+
+    for (size_t i = 0; i < n_weights; ++i) {
+        const auto * weight = ml.get_weight(gguf_get_arr_str(meta, id_name, i));
+        const size_t size   = weight ? ggml_nbytes(weight->tensor) : 0;
+        uint8_t      found[llama_firstlayer::N_SAMPLE];
+        if (size < sizeof(found)) {
+            return false;
+        }
+        ml.files[weight->idx]->seek(weight->offs + (size - sizeof(found)) / 2, SEEK_SET);
+        ml.files[weight->idx]->read_raw(found, sizeof(found));
+        if (memcmp(found, sample + i * sizeof(found), sizeof(found)) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// The metadata of the sidecar that the user told; its tensors become tensors of the model, as those of a split file do.
+// nullptr if none was told, or if it is of another model, as it is of a draft, which is loaded with the same overrides
+static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
+    const char * path     = path_tables.empty() ? nullptr : path_tables.c_str();
+    const auto   override = ml.kv_overrides.find(KV_FILE);
+    if (!path && override != ml.kv_overrides.end()) {
+        if (override->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
+            throw std::runtime_error(format("%s must be a string, the name of a file", KV_FILE));
+        }
+        path = override->second.val_str;
+    }
+    if (!path) {
+        return nullptr;
+    }
+
+    ggml_context *   ctx = nullptr;
+    gguf_context_ptr meta(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/&ctx }));
+    ggml_context_ptr tensors(ctx);
+    if (!meta || gguf_find_key(meta.get(), KV_SOURCE_NAME) < 0) {
+        throw std::runtime_error(format("'%s' is no file that gguf-firstlayer convert --sidecar wrote", path));
+    }
+    if (gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
+        throw std::runtime_error(format("the model has tables of its own: load it without '%s'", path));
+    }
+    if (!is_source(ml, meta.get())) {
+        LLAMA_LOG_WARN("%s: the tables in '%s' are of another model, they are not used\n", __func__, path);
+        return nullptr;
+    }
+
+    ml.files.emplace_back(new llama_file(path, "rb", ml.use_direct_io));
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        const llama_model_loader::llama_tensor_weight weight(ml.files.back().get(), ml.files.size() - 1, meta.get(), t);
+        if (!ml.weights_map.emplace(ggml_get_name(t), weight).second) {
+            throw std::runtime_error(format("tensor '%s' is in the model and in '%s'", ggml_get_name(t), path));
+        }
+        ml.n_tensors++;
+    }
+    ml.contexts.push_back(std::move(tensors));
+    return meta;
+}
+
 std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml, uint32_t n_vocab) {
-    const gguf_context * meta = ml.metadata;
+    if (ml.files.empty()) {
+        if (ml.metadata && gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
+            throw std::runtime_error("first-layer tables can only be read from a file");
+        }
+        return nullptr;
+    }
+    const gguf_context_ptr sidecar = load_sidecar(ml);
+    const gguf_context *   meta    = sidecar ? sidecar.get() : ml.metadata;
 
     const int64_t id_version = gguf_find_key(meta, KV_VERSION);
     if (id_version < 0) {
         return nullptr;
-    }
-    if (ml.files.empty()) {
-        throw std::runtime_error("first-layer tables can only be read from a file");
     }
     if (gguf_get_kv_type(meta, id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, id_version) != VERSION) {
         throw std::runtime_error(format(
@@ -144,13 +224,20 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
         ggml_tensor * t = ggml_new_tensor(res->ctx_phantom.get(), (ggml_type) type[i], GGML_MAX_DIMS, dim);
         ggml_set_name(t, name.c_str());
 
-        // the loader asks for shapes and types in several ways; offs is of no use in a weight without data
-        auto weight   = ml.weights_map.begin()->second;
-        weight.tensor = t;
-        if (!ml.weights_map.emplace(name, weight).second) {
-            throw std::runtime_error(format("weight '%s' is in the file, but is said to be elided", name.c_str()));
+        const auto * present = ml.get_weight(name.c_str());
+        if (sidecar && (!present || present->tensor->type != t->type || !ggml_are_same_shape(present->tensor, t))) {
+            throw std::runtime_error(format("weight '%s' is not in the model as the tables want it", name.c_str()));
         }
-        ml.n_tensors++;
+        if (!sidecar) {
+            // the loader asks for shapes and types in several ways; offs is of no use in a weight without data
+            auto weight   = ml.weights_map.begin()->second;
+            weight.tensor = t;
+            if (!ml.weights_map.emplace(name, weight).second) {
+                throw std::runtime_error(format("weight '%s' is in the file, but is said to be elided", name.c_str()));
+            }
+            ml.n_tensors++;
+        }
+        res->in_file        = sidecar != nullptr;
         res->phantoms[name] = t;
     }
 
@@ -187,6 +274,12 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
         if (ml.lazy.has(table.tensor)) {
             model.can_prefetch.insert(table.tensor);
             table.fetched = std::make_unique<std::atomic<bool>[]>(meta->ne[1]);
+        }
+    }
+    if (in_file && !ml.no_alloc) {
+        // what is mapped lazily and never read takes no memory
+        for (const auto & [name, t] : phantoms) {
+            ml.lazy.add(name, t, &ml.require_weight(name.c_str()));
         }
     }
     ml.lazy.mode = mode;

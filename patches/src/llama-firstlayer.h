@@ -88,6 +88,11 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
                                         int32_t                            n_tokens,
                                         float *                            rows);
 
+// The file, written by convert --sidecar, with the tables of the models that this thread loads from now on; NULL for none.
+// Models of which it does not have the tables are loaded without. The model parameter for the same is the override
+// "firstlayer.file", a string
+LLAMA_API void llama_firstlayer_set_tables(const char * path);
+
 // Whether a converted file can be loaded: as loading does, build its graphs, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
@@ -203,6 +208,9 @@ struct llama_firstlayer {
     // Throws std::runtime_error if they are malformed.
     static std::unique_ptr<llama_firstlayer> load(llama_model_loader & ml, uint32_t n_vocab);
 
+    // bytes of a weight by which a sidecar knows it
+    static constexpr size_t N_SAMPLE = 32;
+
     bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
 
     // Whether a weight can be given out, for adapters; logs an error if not.
@@ -241,12 +249,13 @@ struct llama_firstlayer {
     ggml_context_ptr                               ctx_phantom;
     ggml_context_ptr                               ctx_constants;
     ggml_backend_buffer_ptr                        buf_constants;
-    std::vector<ggml_tensor *>                     constants;    // F32 [row width, n_tokens] for each table, if used
+    std::vector<ggml_tensor *>                     constants;  // F32 [row width, n_tokens] for each table, if used
     std::unordered_map<std::string, ggml_tensor *> phantoms;
-    std::unordered_set<const ggml_tensor *>        weights;      // all model weights, phantoms included
-    std::string                                    problem;      // found by apply() while check() runs
+    std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
+    std::string                                    problem;    // found by apply() while check() runs
     bool                                           checking = false;
-    std::unique_ptr<llm_graph_result>              res_encoder;  // last one that was checked or observed
+    bool                                           in_file  = false;  // phantoms have data, in the file of the model
+    std::unique_ptr<llm_graph_result>              res_encoder;       // last one that was checked or observed
 };
 
 #endif

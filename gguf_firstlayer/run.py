@@ -1,0 +1,28 @@
+"""`run`: a tool of the patched llama.cpp, like main or server, with its own options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.paths import TOOLS, paths
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `run`."""
+    parser.add_argument("tool", choices=list(TOOLS), metavar="TOOL", help=", ".join(TOOLS))
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the tool; --help lists them")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `run` from the command line: become the tool."""
+    path = paths().get(args.tool)
+    if path is None:
+        raise FirstLayerError(f"{TOOLS[args.tool]} was not built; build the target {TOOLS[args.tool]} of llama.cpp")
+    command = [str(path), *args.options]
+    if sys.platform == "win32":  # it has no exec that the shell would wait for
+        return subprocess.call(command)
+    os.execv(path, command)

@@ -1,0 +1,66 @@
+"""`revert`: the source comes back byte for byte, or not at all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import cli, convert, refusal
+from gguf import GGUFReader
+
+from gguf_firstlayer import FirstLayerError, revert
+
+
+def test_kept_weights(smollm, tmp_path):
+    """All tensor types, alignments and keys of a real file; oracle: the file."""
+    converted = convert(smollm, tmp_path / "x-flp.gguf", keep_weights=True).output
+    result = revert(converted)
+    assert result.output == tmp_path / "x.gguf"
+    assert result.output.read_bytes() == smollm.read_bytes()
+
+
+def test_of_parts(smollm, tmp_path):
+    """llama-gguf-split writes the keys anew, and lays the tensors out otherwise."""
+    converted = convert(smollm, tmp_path / "x.gguf", keep_weights=True, split_max_size="60M").output
+    assert revert(converted, tmp_path / "back.gguf").output.read_bytes() == smollm.read_bytes()
+
+
+def test_elided_weights(llama, smollm, tmp_path):
+    """Another file gives them, but only the right ones."""
+    converted = convert(llama, tmp_path / "x-flp.gguf").output
+    assert "--source" in refusal(cli("revert", converted))
+    assert "does not hold" in refusal(cli("revert", converted, "--source", smollm))
+    donor = convert(llama, tmp_path / "donor.gguf", keep_weights=True).output
+    done = cli("revert", converted, "--source", donor)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.gguf").read_bytes() == llama.read_bytes()
+    assert "exists" in refusal(cli("revert", converted, "--source", donor))
+
+
+def test_other_weights_of_the_same_shape(llama, tmp_path):
+    """Only the checksum tells these; the output must not appear."""
+    converted = convert(llama, tmp_path / "x-flp.gguf").output
+    data = bytearray(llama.read_bytes())
+    tensor = next(tensor for tensor in GGUFReader(llama).tensors if tensor.name == "blk.0.attn_q.weight")
+    data[tensor.data_offset] ^= 1
+    (tmp_path / "other.gguf").write_bytes(data)
+    assert "another model" in refusal(cli("revert", converted, "--source", tmp_path / "other.gguf"))
+    assert sorted(os.listdir(tmp_path)) == ["other.gguf", "x-flp.gguf"]
+
+
+def test_bytes_outside_of_tensors(llama, tmp_path):
+    """A file with something at its end cannot be restored from its tensors: better nothing than almost the source."""
+    source = tmp_path / "tail.gguf"
+    source.write_bytes(llama.read_bytes() + b"signature")
+    converted = convert(source, tmp_path / "x-flp.gguf", keep_weights=True).output
+    with pytest.raises(FirstLayerError, match="more than its tensors"):
+        revert(converted)
+    assert sorted(os.listdir(tmp_path)) == ["tail.gguf", "x-flp.gguf"]
+
+
+def test_what_cannot_be_reverted(llama, tmp_path):
+    assert "not converted" in refusal(cli("revert", llama))
+    sidecar = convert(llama, tmp_path / "x.firstlayer.gguf", sidecar=True).output
+    assert "was not changed" in refusal(cli("revert", sidecar))
+    kept = convert(llama, tmp_path / "y.gguf", keep_weights=True).output
+    assert "read from" in refusal(cli("revert", kept, "-o", kept, "--force"))

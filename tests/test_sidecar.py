@@ -1,0 +1,142 @@
+"""Tables in a file of their own, beside a model that is not touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PATCHED, STOCK, cli, convert, refusal, rewrite, run
+from gguf import GGMLQuantizationType, GGUFReader
+from test_running import serve, session, tool
+
+from gguf_firstlayer import FirstLayerError, bench, inspect, verify
+
+STEPS = [["decode", [[0], {"count": 40, "seed": 1}]], ["decode", [[0], [7, 8]]]]
+
+# plain; parallel block; MLA; an SSM; hybrid with experts; per-layer embeddings, which llama.cpp itself may read lazily
+ARCHITECTURES = ["llama-dense", "gptneox-dense", "deepseek2-moe", "mamba-dense", "jamba-dense", "gemma4-dense"]
+
+
+@pytest.fixture(scope="module")
+def sidecar(smollm, tmp_path_factory) -> Path:
+    return convert(smollm, tmp_path_factory.mktemp("sidecar") / "smollm.firstlayer.gguf", type="f32", sidecar=True).output
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("load_mode", [0, 1], ids=["read", "mmap"])
+def test_same_output_as_stock(name, load_mode, archs, tmp_path):
+    """Fails if a table is looked for in the wrong file, or a weight that is not loaded is still read."""
+    result = convert(archs / f"{name}.gguf", tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True)
+    assert result.elided
+    assert {tensor.name for tensor in GGUFReader(result.output).tensors} == {table.name for table in result.tables}
+    load = {"sidecar": str(result.output), "load_mode": load_mode}
+    ours, theirs = session(result.source, PATCHED, STEPS, load=load), session(result.source, STOCK, STEPS)
+    assert all(map(np.array_equal, ours, theirs))
+
+
+def test_source_in_parts(smollm, tmp_path):
+    """The number of the sidecar comes after those of the parts."""
+    tool("llama-gguf-split", "--split", "--split-max-size", "60M", smollm, tmp_path / "x")
+    (first, *others) = sorted(tmp_path.glob("x-*.gguf"))
+    assert others
+    result = convert(first, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True)
+    ours = session(first, PATCHED, STEPS, load={"sidecar": str(result.output)})
+    assert all(map(np.array_equal, ours, session(smollm, STOCK, STEPS)))
+
+
+def test_source_is_not_touched(llama, tmp_path):
+    source = Path(shutil.copy(llama, tmp_path / "some.model.gguf"))
+    source.chmod(0o444)
+    before = hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_mtime_ns
+    done = cli("convert", source, "--sidecar", "--type", "q8_0", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert (hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_mtime_ns) == before
+    output = tmp_path / "some.model.firstlayer.gguf"
+    assert f"-m {source} --firstlayer {output}" in done.stdout
+    seen = inspect(output)
+    assert seen.sidecar
+    assert seen.elided
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_unreachable_weights_are_not_loaded(tmp_path):
+    """Oracle: Linux, which says how much of the file is in memory. Fails if what is not read is mapped with the rest."""
+    import_module("gguf_firstlayer.llama_cpp")  # which the next one runs on
+    from catalogue import CATALOGUE, write_model
+
+    source = tmp_path / "pythia.gguf"
+    write_model(CATALOGUE["pythia-70m"], source, GGMLQuantizationType.Q8_0)
+    result = convert(source, tmp_path / "pythia.firstlayer.gguf", sidecar=True)
+    elided = sum(weight.bytes for weight in result.elided)
+    assert elided > 2 << 20
+    steps = [["decode", [[0], [1, 2, 3]]], ["mapped", str(source)]]
+    plain, without = (session(source, PATCHED, steps, load=load)[1][0] for load in ({}, {"sidecar": str(result.output)}))
+    assert plain - without > 0.8 * elided
+
+
+def test_verify_and_bench(smollm, sidecar):
+    found = verify(smollm, sidecar, tokens=300)
+    assert not found.problems
+    assert found.logit_max == 0
+    assert found.rows_same == 1
+    result = bench(smollm, sidecar, batches=(1,), loads=2, seconds=1)
+    if result.resources:
+        assert result.resources.file == smollm.stat().st_size + sidecar.stat().st_size
+        assert result.resources.tables_mapped > 0
+
+
+def test_tools(smollm, sidecar, tmp_path):
+    """--firstlayer, and its environment variable. Fails if they are accepted and do nothing."""
+    options = ["-m", smollm, "-t", 1, "-c", 64, "-n", 1, "-p", "x", "-no-cnv"]
+    assert "3 sites come from 1 tables" in tool("llama-completion", *options, "--firstlayer", sidecar, "-lv", 4, log=True)
+    assert "sites come from" not in tool("llama-completion", *options, "-lv", 4, log=True)
+    chat = [("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 16})]
+    assert serve(smollm, chat, "--firstlayer", sidecar) == serve(smollm, chat)
+
+
+def test_draft_model_has_no_use_for_it(smollm, sidecar, llama):
+    """llama.cpp gives the draft the same overrides as the model; the tables are not of the draft."""
+    options = ["-m", smollm, "-md", smollm, "--spec-type", "draft-simple", "-t", 1, "-c", 64]
+    ask = [("/completion", {"prompt": "Once", "n_predict": 8, "temperature": 0})]
+    assert serve(smollm, ask, *options[2:], "--firstlayer", sidecar)[0]["content"]
+
+
+def _fine_tuned(source: Path, target: Path) -> Path:
+    return rewrite(
+        source, target, change_tensor=lambda name, data: data * np.float32(1.5) if name == "blk.0.attn_q.weight" else data
+    )
+
+
+def test_tables_of_another_model_are_not_used(llama, tmp_path):
+    """A fine-tuned model has the same shapes: its output must be its own. Fails if only names and shapes are compared."""
+    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    other = _fine_tuned(llama, tmp_path / "other.gguf")
+    ours, theirs = session(other, PATCHED, STEPS, load={"sidecar": str(tables)}), session(other, STOCK, STEPS)
+    assert all(map(np.array_equal, ours, theirs))
+    assert "other weights" in cli("verify", other, tables).stdout
+
+
+def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
+    """One sentence, and no crash."""
+    broken = tmp_path / "broken.gguf"
+    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    broken.write_bytes(tables.read_bytes()[:-100])
+    for file in (llama, llama_flp, tmp_path / "absent.gguf", broken):
+        (failure,) = run(PATCHED, {"run": "load", "model": llama, "load": {"sidecar": str(file)}})
+        assert "convert --sidecar wrote" in failure or "not within the file bounds" in failure
+    (failure,) = run(PATCHED, {"run": "load", "model": llama_flp, "load": {"sidecar": str(tables)}})
+    assert "tables of its own" in failure
+
+
+def test_refusals(llama, tmp_path):
+    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    assert "already converted" in refusal(cli("convert", tables))
+    assert "not split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G", "--yes"))
+    with pytest.raises(FirstLayerError, match="itself converted"):
+        verify(tables, llama)
+    assert json.loads(cli("inspect", tables, "--json").stdout)["sidecar"]
