@@ -1,0 +1,134 @@
+"""llama-cpp-python on the patched libraries: `import gguf_firstlayer.llama_cpp`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import openai
+import pytest
+from conftest import PATCHED, ROOT, STOCK, openai_client
+
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user of the package has it."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
+
+
+TEXTS = """
+import sys
+{bindings}
+llama = llama_cpp.Llama(model_path=sys.argv[1], n_ctx=256, n_threads=1, n_gpu_layers=0, verbose=False, embedding=False)
+ask = dict(temperature=0, max_tokens=24)
+messages = [{{"role": "user", "content": "Name three colours."}}]
+print(llama("Once upon a time", **ask)["choices"][0]["text"])
+print(llama.create_chat_completion(messages, **ask)["choices"][0]["message"]["content"])
+parts = [part["choices"][0]["delta"].get("content", "") for part in llama.create_chat_completion(messages, stream=True, **ask)]
+assert len(parts) > 4
+print("".join(parts))
+llama = llama_cpp.Llama(model_path=sys.argv[1], n_ctx=256, n_threads=1, n_gpu_layers=0, verbose=False, embedding=True)
+print(llama.create_embedding("Hello world")["data"][0]["embedding"])
+print("firstlayer" in str(llama.metadata))
+"""
+
+
+def test_same_as_stock(smollm, smollm_flp):
+    """Completion, chat, streaming, embeddings. Oracle: the bindings on the stock library, with the source."""
+    ours = python(TEXTS.format(bindings="import gguf_firstlayer.llama_cpp as llama_cpp"), smollm_flp["f32"])
+    theirs = python(TEXTS.format(bindings="import llama_cpp"), smollm, LLAMA_CPP_LIB_PATH=str(STOCK))
+    assert theirs.returncode == 0, theirs.stderr
+    assert ours.returncode == 0, ours.stderr
+    *texts, converted = ours.stdout.splitlines()
+    *expected, plain = theirs.stdout.splitlines()
+    assert texts == expected
+    assert (converted, plain) == ("True", "False")
+
+
+def test_it_is_the_module_itself():
+    done = python(
+        "import gguf_firstlayer.llama_cpp as ours, llama_cpp, gguf_firstlayer\n"
+        "from gguf_firstlayer.llama_cpp import Llama\n"
+        "assert ours is llama_cpp is gguf_firstlayer.llama_cpp and Llama is llama_cpp.Llama\n"
+        "print(llama_cpp.llama_cpp._lib._name)"
+    )
+    assert done.stdout.strip() == str(PATCHED / "libllama.so"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("import importlib.metadata; importlib.metadata.version = lambda name: '0.3.35'", "0.3.35 does not fit"),
+        (
+            "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError(name)\nm.version = version",
+            "is not installed",
+        ),
+        ("import llama_cpp", "imported before"),
+        (
+            "import gguf_firstlayer, sys\n"
+            "paths = sys.modules['gguf_firstlayer.paths']\n"
+            "paths.build = lambda: paths.Build('of a checkout', '')",
+            "another llama.cpp",
+        ),
+    ],
+    ids=["version", "missing", "too late", "other llama.cpp"],
+)
+def test_what_does_not_fit(before, reason):
+    """One clear error instead of a crash in the middle of a structure that has changed."""
+    code = (
+        f"{before}\nfrom gguf_firstlayer import FirstLayerError\n"
+        "try:\n    import gguf_firstlayer.llama_cpp\nexcept FirstLayerError as err:\n    print(err)"
+    )
+    done = python(code, LLAMA_CPP_LIB_PATH=str(STOCK))
+    assert reason in done.stdout, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def server(module: str, model: Path, **environment: str) -> AbstractContextManager[openai.OpenAI]:
+    """An OpenAI client of a server of the bindings."""
+    options = ["--n_ctx", 256, "--n_threads", 1]
+    return openai_client([sys.executable, "-m", module, "--model", model, *options], environment)
+
+
+def answers(client: openai.OpenAI) -> list[str | None]:
+    """To a chat, whole and streamed."""
+    ask = {"model": "any", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
+    parts = [part.choices[0].delta.content or "" for part in client.chat.completions.create(stream=True, **ask)]
+    assert len(parts) > 4
+    return [client.chat.completions.create(**ask).choices[0].message.content, "".join(parts)]
+
+
+def test_its_server(smollm, smollm_flp):
+    """Oracle: its server on the stock library, with the source."""
+    with (
+        server("gguf_firstlayer.llama_cpp", smollm_flp["f32"]) as ours,
+        server("llama_cpp.server", smollm, LLAMA_CPP_LIB_PATH=str(STOCK)) as theirs,
+    ):
+        assert answers(ours) == answers(theirs)
+
+
+def test_tests_of_llama_cpp_python(tmp_path):
+    """Those that download nothing, on our libraries."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gguf-firstlayer"
+    (sdist,) = cache.glob("llama_cpp_python-*.tar.gz")
+    folder = sdist.name.removesuffix(".tar.gz")
+    with tarfile.open(sdist) as archive:
+        wanted = (f"{folder}/tests/", f"{folder}/vendor/llama.cpp/models/ggml-vocab-llama")
+        for member in archive:
+            if member.name.startswith(wanted):
+                archive.extract(member, tmp_path)
+    code = (
+        "import gguf_firstlayer.llama_cpp, huggingface_hub, os, pytest, sys\n"
+        "huggingface_hub.hf_hub_download = lambda *_: pytest.skip('downloads')\n"
+        "os.chdir(sys.argv[1])\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests']))"
+    )
+    done = python(code, tmp_path / folder)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 8  # a release may add some
