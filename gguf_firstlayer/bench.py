@@ -55,7 +55,12 @@ Seconds = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of speeds: the mean over loads of the median over pairs of blocks, and its 95 % bootstrap interval over loads."""
+    """A ratio of speeds, and what is known of it.
+
+    Attributes:
+        value: mean over loads of the median over pairs of blocks
+        low, high: 95 % bootstrap interval over loads
+    """
 
     value: float
     low: float
