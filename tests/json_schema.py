@@ -24,8 +24,8 @@ RESULTS = {
 INTRODUCTION = """# What `--json` prints
 
 One object on stdout; errors go to stderr, and the exit code tells. Files are strings, ggml types their names in lower case
-(`"q8_0"`), and what is absent is null. Sizes are bytes and times seconds unless said otherwise. The objects are the results of the
-Python functions of the same names.
+(`"q8_0"`), and what is absent is null. Sizes are bytes and times seconds unless said otherwise. The objects are the results
+of the Python functions of the same names.
 
 `paths` prints an object of names and files: `libllama`, `libggml`, `libggml-base` and the tools, `main`, `server`, ...
 """
