@@ -57,7 +57,7 @@ def split(source: Path, prefix: Path, *options: str) -> list[Path]:
 
 @pytest.mark.parametrize("options", [[], ["--no-tensor-first-split"]], ids=["plain", "no tensor in the first part"])
 def test_split_source(options, llama, llama_flp, tmp_path):
-    """A model in parts converts to what the whole one does."""
+    """A model in parts converts to what the whole one does, but cannot be restored."""
     parts = split(llama, tmp_path / "part", *options)
     assert len(parts) > 2
     result = convert(parts[0], type="f32")
@@ -65,8 +65,8 @@ def test_split_source(options, llama, llama_flp, tmp_path):
     assert result.source_bytes == sum(part.stat().st_size for part in parts)
     a, b = GGUFReader(result.output), GGUFReader(llama_flp)
     assert {t.name: t.data.tobytes() for t in a.tensors} == {t.name: t.data.tobytes() for t in b.tensors}
-    skip = {"GGUF.kv_count"}
-    values = [{name: field.contents() for name, field in reader.fields.items() if name not in skip} for reader in (a, b)]
+    skip = ("GGUF.kv_count", "firstlayer.origin.")
+    values = [{name: field.contents() for name, field in r.fields.items() if not name.startswith(skip)} for r in (a, b)]
     assert values[0] == values[1]
     assert len(inspect(parts[0]).sites) == 3
 
