@@ -85,12 +85,22 @@ def load_backends() -> None:
 
     llama.cpp looks for them beside the executable, and in the working directory, neither of which is where they are if the
     executable is Python.
+
+    Raises:
+        FirstLayerError: none fits.
     """
     found = paths()
-    ggml = ctypes.CDLL(str(found["libggml"]))
+    ggml, base = ctypes.CDLL(str(found["libggml"])), ctypes.CDLL(str(found["libggml-base"]))
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_dev_count() > 0:
+        return
+    # which backends were found is no news to the user of a verb: without this it is on stderr each time
+    silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    base.ggml_log_set(silence, None)
+    ggml.ggml_backend_load_all_from_path(os.fsencode(found["libggml"].parent))
+    base.ggml_log_set(None, None)
     if ggml.ggml_backend_dev_count() == 0:
-        ggml.ggml_backend_load_all_from_path(os.fsencode(found["libggml"].parent))
+        raise FirstLayerError(f"none of the backends in {found['libggml'].parent} runs on this machine; build llama.cpp here")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
