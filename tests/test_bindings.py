@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -116,9 +117,8 @@ def test_its_server(smollm, smollm_flp):
 def test_tests_of_llama_cpp_python(tmp_path):
     """Those that download nothing, on our libraries."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gguf-firstlayer"
-    (sdist,) = cache.glob("llama_cpp_python-*.tar.gz")
-    folder = sdist.name.removesuffix(".tar.gz")
-    with tarfile.open(sdist) as archive:
+    folder = f"llama_cpp_python-{importlib.metadata.version('llama-cpp-python')}"  # other releases may lie there too
+    with tarfile.open(cache / f"{folder}.tar.gz") as archive:
         wanted = (f"{folder}/tests/", f"{folder}/vendor/llama.cpp/models/ggml-vocab-llama")
         for member in archive:
             if member.name.startswith(wanted):
