@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import shtab
 
 from gguf_firstlayer import __version__
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
 from gguf_firstlayer.paths import build
+from gguf_firstlayer.start import STOPPING
+from gguf_firstlayer.text import log
 
 # verb, which is a module of this package, and an example
 VERBS = {
@@ -37,8 +41,7 @@ class _Version(argparse.Action):
         sys.exit(0)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute for GGUF models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this program and of llama.cpp")
     shtab.add_argument_to(parser, "--print-completion", help="print a script for the completion of a shell, and exit")
@@ -51,30 +54,55 @@ def main(argv: list[str] | None = None) -> int:
         for action in verb._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-        verb.set_defaults(run=module.main, failure=getattr(module, "FAILURE", 1))
+        verb.set_defaults(
+            run=module.main, failure=getattr(module, "FAILURE", 1), interrupted=getattr(module, "INTERRUPTED", "")
+        )
+    return parser
 
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    failure = 1
+def _interrupt(_signal: int, _frame: object) -> None:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # a second one would leave behind what this one lets us remove
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
+    Caller.is_command_line = True
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background, or with nohup
+            signal.signal(number, _interrupt)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # the terminal may be closed
+    failure, interrupted = 1, ""
     try:
-        args = parser.parse_args(argv)
-        failure = int(args.failure)
+        args = _parser().parse_args(argv)
+        failure, interrupted = args.failure, args.interrupted
         code = int(args.run(args))
         sys.stdout.flush()
         return code
+    except UsageError as err:
+        return _fail(str(err), 2)
     except FirstLayerError as err:
-        print(f"gguf-firstlayer: {err}", file=sys.stderr)
+        return _fail(str(err), failure)
     except KeyboardInterrupt:
-        print("gguf-firstlayer: interrupted, nothing was written", file=sys.stderr)
+        return _fail(f"interrupted{interrupted}", failure)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it has seen enough
-    except OSError as err:
-        print(f"gguf-firstlayer: {err}", file=sys.stderr)
+        return failure
     except MemoryError:
-        print("gguf-firstlayer: out of memory, nothing was written", file=sys.stderr)
-    return failure
+        return _fail("out of memory; close other programs, or use a smaller model", failure)
+    except OSError as err:
+        where = f"{err.filename}: " if err.filename else ""
+        return _fail(f"{where}{err.strerror or err}", failure)
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):  # the terminal may be closed
+        print(f"gguf-firstlayer: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
-from tqdm import tqdm
 
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Analysis, Site, Trial, library
 from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import count, progress
 
 Kinds = dict[Site, GGMLQuantizationType]
 Rows = npt.NDArray[np.float32]
@@ -85,9 +85,12 @@ class Effects:
 
     Args:
         path, analysis: of the model
+        tokens: ids of a text, i32 [n]; by default, the built-in one
+        n_measured: how often errors will be measured, about
 
     Attributes:
-        tokens: ids of the built-in text, i32 [n]
+        tokens: ids of the text
+        ids: those of them that differ, i32 [distinct tokens of the text]
         exact: rows of each site, F32 [distinct tokens of the text, width]
         floor: mean KL divergence of a change in the last bits
         perplexity: of the text, without errors
@@ -96,18 +99,20 @@ class Effects:
         FirstLayerError: the model has no next-token distribution, or it is not finite.
     """
 
-    def __init__(self, path: Path, analysis: Analysis) -> None:
-        self.tokens = sample_tokens(analysis)
-        self._ids, self._counts = np.unique(self.tokens, return_counts=True)
+    def __init__(
+        self, path: Path, analysis: Analysis, tokens: npt.NDArray[np.int32] | None = None, n_measured: int = 2
+    ) -> None:
+        self.tokens = sample_tokens(analysis) if tokens is None else tokens
+        self.ids, self._counts = np.unique(self.tokens, return_counts=True)
         widths = [site.width for site in analysis.sites]
-        rows = analysis.rows(self._ids)
+        rows = analysis.rows(self.ids)
         self.exact: dict[Site, Rows] = dict(zip(analysis.sites, np.split(rows, np.cumsum(widths)[:-1], axis=1), strict=True))
         columns = np.cumsum([0] + [tab.padded(width) for width in widths])
         self._columns = dict(zip(analysis.sites, columns.tolist(), strict=False))
 
         self._reference: list[Rows] = []
         self._trial = Trial(path, analysis, len(self.tokens))
-        self._progress = tqdm(desc="measuring", unit="run", disable=None)
+        self._progress = progress(f"measuring on {count(len(self.tokens), 'token')}", 1 + N_JITTER + n_measured, "run")
         try:
             self.perplexity = self.measure({}).perplexity
             self._floors = np.mean([self.measure(self._jitter(seed)).klds for seed in range(N_JITTER)], axis=0)
@@ -143,7 +148,7 @@ class Effects:
         """
         for site, exact in self.exact.items():
             first = self._columns[site]
-            self._trial.rows[self._ids, first : first + site.width] = exact + errors.get(site, 0)
+            self._trial.rows[self.ids, first : first + site.width] = exact + errors.get(site, 0)
 
         is_first = not self._reference
         klds: list[npt.NDArray[np.float64]] = []
@@ -172,6 +177,7 @@ class Effects:
 
     def close(self) -> None:
         """Free the model."""
+        self._progress.total = self._progress.n  # fewer may have been enough
         self._progress.close()
         self._trial.close()
 
@@ -252,6 +258,16 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
     return ladder
 
 
+def types(sites: Sequence[Site]) -> tuple[Kinds, Kinds, Kinds]:
+    """The types that sites have if nothing is measured, those of the smallest tables that a measurement may choose, and F32."""
+    fitting = {site: [kind for kind in CANDIDATES if tab.fitting(kind, site.width) == kind] for site in sites}
+    return (
+        {site: tab.fitting(GGMLQuantizationType.Q8_0, site.width) for site in sites},
+        {site: min(kinds, key=lambda kind: tab.Table("", kind, site.width, 1).row_bytes) for site, kinds in fitting.items()},
+        dict.fromkeys(sites, GGMLQuantizationType.F32),
+    )
+
+
 def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, tab.Measurement | None, str]:
     """The types of the smallest tables whose part in the KL divergence is within a bound.
 
@@ -259,12 +275,12 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, ta
         The type of each site, the measurement, and an empty string; or q8_0 or what fits instead, None, and why nothing was
         measured.
     """
-    default = {site: tab.fitting(GGMLQuantizationType.Q8_0, site.width) for site in analysis.sites}
+    default, _, _ = types(analysis.sites)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     if memory is not None and model.bytes > 0.75 * memory:
         return default, None, "the model takes more memory than there is"
     try:
-        with Effects(model.path, analysis) as effects:
+        with Effects(model.path, analysis, n_measured=2 * len(analysis.sites) + 3) as effects:
             return *search(effects, max_kld), ""
     except FirstLayerError as err:
         return default, None, str(err)
@@ -312,7 +328,7 @@ def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unme
     chosen = ", ".join(f"{name} {kind}" for name, kind in types.items())
     return [
         f"types chosen by measurement: {chosen}",
-        f"KL divergence over {measurement.tokens} tokens: {measurement.kld:.1e} nats, of which"
+        f"KL divergence over the {measurement.tokens} tokens of the built-in sample: {measurement.kld:.1e} nats, of which"
         f" {measurement.kld_tables:.1e} ± {measurement.kld_tables_error:.1e} from the tables (bound {measurement.max_kld:g});"
         f" any change of last bits makes {measurement.kld_floor:.1e}",
         f"most probable token the same: {measurement.top1:.1%}; perplexity {measurement.perplexity_source:.3f} ->"

@@ -15,20 +15,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
-from tqdm import tqdm
 
 from gguf_firstlayer import tables as tab
-from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.plan import MAX_DIGITS, bound, of_file
-from gguf_firstlayer.runtime import Run, Site, isolated, library
+from gguf_firstlayer.auto import sample_tokens
+from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.output import check
+from gguf_firstlayer.plan import bound, of_file
+from gguf_firstlayer.runtime import Analysis, Run, Site, library
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.text import count, numbers, progress, size_text, to_json
 from gguf_firstlayer.verify import Files, context_length, open_pair
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 BATCHES, CONTEXTS = (1, 512), (0,)
 
@@ -38,6 +45,11 @@ BLOCK_SECONDS, BLOCK_TOKENS = 0.05, 32
 # Where the system puts a model in memory makes it faster or slower by some per cent, for as long as it is loaded. So models are
 # loaded so often, and each time a cell is measured in so many blocks of each model at least
 N_LOADS, MIN_ROUNDS = 8, 3
+# A block is disturbed if its threads waited for a processor, or another machine had theirs, for more than this share of it.
+# Blocks that are disturbed are measured again, for so many times the time at most
+DISTURBED, PATIENCE = 0.02, 3
+# seconds that a thread waits if another one takes its processor, where the system only counts how often that happens
+TIME_SLICE = 0.004
 CELL_SECONDS = 16.0
 N_BOOTSTRAP = 2000
 PINNING_SECONDS = 0.2
@@ -51,6 +63,10 @@ CHUNK_BYTES = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 Seconds = npt.NDArray[np.float64]
+Tokens = npt.NDArray[np.int32]
+
+UNKNOWN, FASTER, SLOWER = "no difference that could be told", "faster", "slower"
+IMPOSSIBLE, BUSY = "noise, beyond what tables can gain", "no verdict, the machine was busy with other work"
 
 
 @dataclass(frozen=True)
@@ -66,11 +82,6 @@ class Ratio:
     low: float
     high: float
 
-    @property
-    def verdict(self) -> str:
-        """What can be said with it."""
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference that could be told"
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -80,10 +91,13 @@ class Cell:
         batch: tokens decoded at once; 1 is decoding, more is prefill
         context: tokens before them
         rounds: blocks of each model
-        source, converted: medians in tokens per second
+        disturbed: share of the blocks that other work on the machine disturbed; they are left out unless nearly all are
+        source: speed, the median in tokens per second
+        converted: speed, that of the source times the ratio
         ratio: speed of the converted model by that of the source
-        bound: that the plan predicts for it
-        realised: the gain as a share of the gain of the bound, if the ratio can be told from 1 and is not beyond the bound
+        bound: that the plan predicts for it, beyond which it cannot be
+        verdict: what can be said with the ratio
+        realised: the gain as a share of the gain of the bound, if the verdict is "faster"
         limit: with `limit`, the speed of constants instead of lookups by that of the source
         of_limit: with `limit`, the speed of the converted model by that of constants
     """
@@ -91,10 +105,12 @@ class Cell:
     batch: int
     context: int
     rounds: int
+    disturbed: float
     source: float
     converted: float
     ratio: Ratio
     bound: float
+    verdict: str
     realised: float | None
     limit: Ratio | None
     of_limit: Ratio | None
@@ -164,11 +180,12 @@ def bench(
     resources: bool = True,
     loads: int = N_LOADS,
     seconds: float = CELL_SECONDS,
+    random_tokens: bool = False,
 ) -> Bench:
     """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
 
     They take turns in short blocks, in random order, so that both see the same moods of the machine, and are loaded several
-    times. Tokens are random, like llama-bench's. The files are in the page cache.
+    times. Tokens are those of the built-in sample, over and over from random places. The files are in the page cache.
 
     Args:
         source: GGUF file; of a split model, the first part
@@ -180,56 +197,68 @@ def bench(
         resources: also measure memory, loading and first tokens, each model in processes of its own
         loads: how often the models are loaded, at least twice
         seconds: for each batch size and context, over all loads
+        random_tokens: random ids instead, like llama-bench's: nearly every one is the first of its kind, as in no text
 
     Raises:
+        UsageError: an argument is not what it should be.
         FirstLayerError: a file cannot be read or run, or is not what it should be.
     """
-    model, tables, files = open_pair(Path(source), Path(converted))
-    plain = Files((model,))
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
-            raise FirstLayerError(f"{size} is no batch size or length of a context")
+            raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
     if not batches or not contexts or min(batches) < 1:
-        raise FirstLayerError("a batch has a token at least")
+        raise UsageError("a batch has a token at least")
     if loads < 2:
-        raise FirstLayerError("one load tells nothing of where in memory a model lies; measure two at least")
+        raise UsageError("one load tells nothing of where in memory a model lies; measure two at least")
+    model, tables, files = open_pair(Path(source), Path(converted))
+    plain = Files((model,))
     longest = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
     if longest > context_length(model):
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are asked for; give less")
     n_threads = threads or len(_processors())
     outline = of_file(model.path)
     kinds = _kinds(tables, outline.sites)
+    tokens = isolated(partial(_tokens, random_tokens), model.path)
 
     taken: list[Resources | None] = [None, None]
     if resources and sys.platform == "linux":
-        taken = list(_all_resources([plain, files], n_threads))
+        taken = list(_all_resources([plain, files], n_threads, tokens))
 
     n_ctx = longest
     n_batch = max(BLOCK_TOKENS, *batches)
     rng, pinned = random.Random(0), True
-    times: dict[tuple[int, int], list[Seconds]] = {(batch, context): [] for context in contexts for batch in batches}
-    for _ in tqdm(range(loads), desc="measuring", unit="load", disable=None):
-        for file in rng.sample([model, tables], 2):
-            _place_anew(file)
-        with ExitStack() as stack:
-            # in random order, which decides on the memory that each gets
-            kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
-            opened = {
-                kind: stack.enter_context(
-                    Run(kind[0].path, n_ctx, n_batch, n_threads, constants=kind[1], tables=kind[0].tables)
-                )
-                for kind in rng.sample(kinds_of_run, len(kinds_of_run))
-            }
-            runs = [opened[kind] for kind in kinds_of_run]
-            tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, runs[0].n_vocab, 1 << 16, np.int32)
-            pinned = stack.enter_context(_pinned(runs[0], n_threads)) and pinned
-            for context in contexts:
-                for run in runs:
-                    _fill(run, tokens, context)
-                for batch in batches:
-                    times[batch, context].append(_times(runs, tokens, batch, context, seconds / loads, rng))
-    cells = [_cell(batch, context, loads, bound(outline, kinds, batch)) for (batch, context), loads in times.items()]
+    measured: dict[tuple[int, int], list[Load]] = {(batch, context): [] for context in contexts for batch in batches}
+    with progress("measuring", loads, "load") as bar:
+        for _ in range(loads):
+            for file in rng.sample([model, tables], 2):
+                _place_anew(file)
+            with ExitStack() as stack:
+                # in random order, which decides on the memory that each gets
+                kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
+                opened = {
+                    kind: stack.enter_context(
+                        Run(kind[0].path, n_ctx, n_batch, n_threads, constants=kind[1], tables=kind[0].tables)
+                    )
+                    for kind in rng.sample(kinds_of_run, len(kinds_of_run))
+                }
+                runs = [opened[kind] for kind in kinds_of_run]
+                pinned = stack.enter_context(_pinned(runs[0], n_threads)) and pinned
+                for context in contexts:
+                    for run in runs:
+                        _fill(run, tokens, context)
+                    for batch in batches:
+                        measured[batch, context].append(_measure(runs, tokens, batch, context, seconds / loads, rng, n_threads))
+            bar.update()
+    cells = [_cell(batch, context, loads, bound(outline, kinds, batch)) for (batch, context), loads in measured.items()]
     return Bench(model.path, tables.path, n_threads, pinned, cells, *taken)
+
+
+def _tokens(random_tokens: bool, path: Path) -> Tokens:
+    """Token ids that are decoded, for `isolated`."""
+    with Analysis(path) as analysis:
+        if random_tokens:
+            return np.random.default_rng(0).integers(0, analysis.n_vocab, 1 << 16, np.int32)
+        return sample_tokens(analysis)
 
 
 def _processors() -> list[int]:
@@ -241,7 +270,7 @@ def _ticks() -> dict[int, int]:
     """Processor time of each thread of this process, in the system's ticks; of none where it does not tell."""
     if sys.platform != "linux":
         return {}
-    stats = {int(entry.name): (entry / "stat").read_text() for entry in Path("/proc/self/task").iterdir()}
+    stats = {int(entry.name): (entry / "stat").read_text(errors="replace") for entry in Path("/proc/self/task").iterdir()}
     # the name in parentheses may hold spaces; user and system time are the 14th and 15th field
     return {thread: sum(map(int, stat.rpartition(")")[2].split()[11:13])) for thread, stat in stats.items()}
 
@@ -256,7 +285,7 @@ def _pinned(run: Run, n_threads: int) -> Iterator[bool]:
     while time.monotonic() - started < PINNING_SECONDS:
         run.keep(0)
         run.time([0] * BLOCK_TOKENS, BLOCK_TOKENS)
-    spent = {thread: ticks - before.get(thread, ticks) for thread, ticks in _ticks().items()}
+    spent = {thread: ticks - before.get(thread, 0) for thread, ticks in _ticks().items()}
     busy = spent.get(threading.get_native_id(), 0) / 2
     workers = [thread for thread, ticks in spent.items() if ticks > 0 and ticks >= busy]
     processors = _processors()
@@ -283,6 +312,34 @@ def _kinds(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizatio
     return known
 
 
+def _waited(n_threads: int) -> float:
+    """Seconds, averaged over threads, that those of this process have waited for a processor, or the machine for its host."""
+    try:
+        stats = [(entry / "schedstat").read_text() for entry in Path("/proc/self/task").iterdir()]
+        delays = sum(int(stat.split()[1]) for stat in stats) / 1e9
+        stolen = int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+        return (delays + stolen) / n_threads
+    except (OSError, IndexError):  # not Linux, or without these figures
+        return 0.0 if resource is None else TIME_SLICE * resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw / n_threads
+
+
+class Load(NamedTuple):
+    """Blocks of the models while they lie at one place in memory.
+
+    Attributes:
+        times: seconds per token, [rounds, runs]
+        waited: share of a block in which its threads waited for a processor, the largest of each round, [rounds]
+    """
+
+    times: Seconds
+    waited: Seconds
+
+    @property
+    def quiet(self) -> Seconds:
+        """The times of the rounds that nothing disturbed."""
+        return self.times[self.waited <= DISTURBED]
+
+
 def _fill(run: Run, tokens: npt.NDArray[np.int32], n: int) -> None:
     """Decode n tokens of a new text."""
     run.keep(0)
@@ -290,12 +347,12 @@ def _fill(run: Run, tokens: npt.NDArray[np.int32], n: int) -> None:
         run.time(np.resize(tokens, n), run.n_batch)
 
 
-def _times(
-    runs: Sequence[Run], tokens: npt.NDArray[np.int32], batch: int, context: int, seconds: float, rng: random.Random
-) -> Seconds:
-    """Seconds per token, [rounds, runs]."""
+def _measure(
+    runs: Sequence[Run], tokens: Tokens, batch: int, context: int, seconds: float, rng: random.Random, n_threads: int
+) -> Load:
+    """Let runs take turns in blocks."""
 
-    def block(run: Run, n: int, first: int) -> float:
+    def block(run: Run, n: int, first: int) -> tuple[float, float]:
         if not run.keep(context):
             _fill(run, tokens, context)
         if batch > 1:
@@ -303,37 +360,66 @@ def _times(
             run.time(tokens[:1], 1)
             if not run.keep(context):
                 _fill(run, tokens, context)
-        return run.time(np.resize(np.roll(tokens, -first), n), batch) / n
+        before = _waited(n_threads)
+        elapsed = run.time(np.resize(np.roll(tokens, -first), n), batch)
+        return elapsed / n, (_waited(n_threads) - before) / elapsed
 
     # warm-up, which also tells how long a block takes
     n = max(batch, BLOCK_TOKENS // batch * batch)
     for run in runs:
         block(run, n, 0)
-    n_batches = int(BLOCK_SECONDS / batch / max(block(run, n, 0) for run in runs))
+    n_batches = int(BLOCK_SECONDS / batch / max(block(run, n, 0)[0] for run in runs))
     n = min(n, max(1, n_batches) * batch)
 
-    rounds: list[list[float]] = []
+    times, waited = [], []
     started = time.monotonic()
-    while len(rounds) < MIN_ROUNDS or time.monotonic() - started < seconds:
+    while True:
         first = rng.randrange(len(tokens))
-        times = {i: block(runs[i], n, first) for i in rng.sample(range(len(runs)), len(runs))}
-        rounds.append([times[i] for i in range(len(runs))])
-    return np.array(rounds)
+        blocks = {i: block(runs[i], n, first) for i in rng.sample(range(len(runs)), len(runs))}
+        times.append([blocks[i][0] for i in range(len(runs))])
+        waited.append(max(waiting for _, waiting in blocks.values()))
+        load, elapsed = Load(np.array(times), np.array(waited)), time.monotonic() - started
+        if elapsed >= seconds and len(load.quiet) >= MIN_ROUNDS:
+            return load
+        if elapsed >= PATIENCE * seconds and len(times) >= PATIENCE * MIN_ROUNDS:
+            return load
 
 
-def _cell(batch: int, context: int, loads: Sequence[Seconds], expected: float) -> Cell:
-    converted = ratio([times[:, 0] / times[:, 1] for times in loads])
-    realised = None
-    # an interval beyond the bound, or one that holds 1, tells of noise
-    if converted.low <= expected and expected > 1 and not converted.low <= 1 <= converted.high:
-        realised = (converted.value - 1) / (expected - 1)
+def _cell(batch: int, context: int, loads: Sequence[Load], expected: float) -> Cell:
+    quiet = [load.quiet for load in loads if len(load.quiet) >= MIN_ROUNDS]
+    busy = len(quiet) < max(2, len(loads) / 2)
+    used = [load.times for load in loads] if busy else quiet
+    converted = ratio([times[:, 0] / times[:, 1] for times in used])
+    found = BUSY if busy else verdict(converted, expected)
     limit = of_limit = None
-    if loads[0].shape[1] == 3:
-        limit = ratio([times[:, 0] / times[:, 2] for times in loads])
-        of_limit = ratio([times[:, 2] / times[:, 1] for times in loads])
-    blocks = np.concatenate(loads)
-    before, after = (1 / np.median(blocks[:, :2], axis=0)).tolist()
-    return Cell(batch, context, len(blocks), before, after, converted, expected, realised, limit, of_limit)
+    if used[0].shape[1] == 3:
+        limit = ratio([times[:, 0] / times[:, 2] for times in used])
+        of_limit = ratio([times[:, 2] / times[:, 1] for times in used])
+    blocks = np.concatenate(used)
+    source = float(1 / np.median(blocks[:, 0]))
+    return Cell(
+        batch,
+        context,
+        len(blocks),
+        float((np.concatenate([load.waited for load in loads]) > DISTURBED).mean()),
+        source,
+        source * converted.value,
+        converted,
+        expected,
+        found,
+        (converted.value - 1) / (expected - 1) if found == FASTER else None,
+        limit,
+        of_limit,
+    )
+
+
+def verdict(ratio: Ratio, bound: float) -> str:
+    """What a ratio says that was measured on a quiet machine."""
+    if ratio.high < 1:
+        return SLOWER
+    if ratio.low <= 1:
+        return UNKNOWN
+    return FASTER if ratio.value <= bound else IMPOSSIBLE
 
 
 def ratio(loads: Sequence[Seconds]) -> Ratio:
@@ -351,18 +437,19 @@ def ratio(loads: Sequence[Seconds]) -> Ratio:
     return Ratio(value, value - wider * (value - low), value + wider * (high - value))
 
 
-def _all_resources(models: Sequence[Files], n_threads: int) -> Iterator[Resources]:
+def _all_resources(models: Sequence[Files], n_threads: int, tokens: Tokens) -> Iterator[Resources]:
     """Resources of models, each in processes of its own, one after the other."""
     cold: list[list[_Load]] = [[] for _ in models]
     warm: list[list[_Load]] = [[] for _ in models]
-    with tqdm(desc="loading", total=2 * N_PROCESSES * len(models), unit="load", disable=None) as progress:
+    tokens = np.resize(tokens, PROMPT + GENERATED)
+    with progress("loading", 2 * N_PROCESSES * len(models), "load") as bar:
         for _ in range(N_PROCESSES):
             for i, model in enumerate(models):
                 for source in model.sources:
                     _forget(source)
                 for loads in (cold, warm):
-                    loads[i].append(isolated(partial(_load, n_threads, model.tables), model.path))
-                    progress.update()
+                    loads[i].append(isolated(partial(_load, n_threads, model.tables, tokens), model.path))
+                    bar.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
         weights = model.bytes - last.memory[TABLES]  # of tables, only rows are read
@@ -414,12 +501,12 @@ class _Load:
     memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
 
 
-def _load(n_threads: int, sidecar: Path | None, path: Path) -> _Load:
+def _load(n_threads: int, sidecar: Path | None, tokens: Tokens, path: Path) -> _Load:
     """Load a model and use it, for `isolated`."""
-    import resource
+    assert resource is not None
 
     def status() -> dict[str, int]:
-        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        lines = [line.split() for line in Path("/proc/self/status").read_text(errors="replace").splitlines()]
         return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0].startswith(("Vm", "Rss"))}
 
     def bytes_read() -> int:
@@ -431,7 +518,6 @@ def _load(n_threads: int, sidecar: Path | None, path: Path) -> _Load:
     started = time.perf_counter()
     with Run(path, PROMPT + GENERATED + 1, PROMPT, n_threads, tables=sidecar) as run:
         loaded = time.perf_counter()
-        tokens = np.random.default_rng(1).integers(0, run.n_vocab, PROMPT + GENERATED, np.int32)
         run.time(tokens[:1], 1)
         first_token = time.perf_counter()
         read = bytes_read() - read
@@ -457,7 +543,7 @@ def _load(n_threads: int, sidecar: Path | None, path: Path) -> _Load:
 def _mapped(path: Path, offset: int, size: int) -> int:
     """Bytes of a range of a file that are in memory of this process, in whole pages (`/proc/self/pagemap`)."""
     total = 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) < 6 or fields[5] != str(path.resolve()):
             continue
@@ -479,14 +565,17 @@ def summary(result: Bench) -> str:
     def interval(ratio: Ratio) -> str:
         return f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
 
-    lines = [f"{result.threads} threads, {'each on a processor of its own' if result.pinned else 'not pinned'}"]
+    lines = [f"{count(result.threads, 'thread')}, {'each on a processor of its own' if result.pinned else 'not pinned'}"]
     for cell in result.cells:
         lines.append(
             f"batch {cell.batch}, context {cell.context}: {cell.source:.1f} -> {cell.converted:.1f} tokens/s,"
-            f" ratio {interval(cell.ratio)}: {cell.ratio.verdict}"
+            f" ratio {interval(cell.ratio)}: {cell.verdict}"
         )
         share = f", {cell.realised:.0%} of its gain realised" if cell.realised is not None else ""
-        lines.append(f"    bound by the plan {cell.bound:.4f}{share}; {cell.rounds} blocks each")
+        lines.append(
+            f"    bound by the plan {cell.bound:.4f}{share}; {count(cell.rounds, 'block')} each,"
+            f" {cell.disturbed:.0%} of all were disturbed by other work"
+        )
         if cell.limit and cell.of_limit:
             lines.append(f"    without any lookup {interval(cell.limit)}; of that, {interval(cell.of_limit)}")
     for name, taken in (("source", result.resources_source), ("converted", result.resources)):
@@ -521,8 +610,12 @@ def _pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as err:
-        raise FirstLayerError("--plot needs matplotlib; pip install matplotlib") from err
+        raise FirstLayerError("a plot needs matplotlib: pip install matplotlib") from err
     return pyplot
+
+
+def _plot_path(converted: Path, folder: Path) -> Path:
+    return folder / f"{converted.stem}-bench.png"
 
 
 def plot(result: Bench, folder: Path) -> Path:
@@ -552,41 +645,44 @@ def plot(result: Bench, folder: Path) -> Path:
     axes.set_xticks(list(bounds), [str(batch) for batch in bounds])
     axes.set_xlabel("tokens per batch")
     axes.set_ylabel("speed, converted / source")
-    axes.set_title(f"{result.converted.name}, {result.threads} threads, 95 % confidence intervals", fontsize=10)
+    name = os.fsencode(result.converted.name).decode(errors="replace")
+    axes.set_title(f"{name}, {count(result.threads, 'thread')}, 95 % confidence intervals", fontsize=10)
     axes.legend(fontsize=8)
-    path = folder / f"{result.converted.stem}-bench.png"
+    path = _plot_path(result.converted, folder)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
-
-
-def _sizes(text: str) -> list[int]:
-    if not all(size.isdecimal() and len(size) <= MAX_DIGITS for size in text.split(",")):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,16")
-    return [int(size) for size in text.split(",")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
-    parser.add_argument("--batch", type=_sizes, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
-    parser.add_argument("--context", type=_sizes, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one on each processor")
+    parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
+    parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one on each processor")
     parser.add_argument("--limit", action="store_true", help="also measure constants instead of lookups: the ceiling")
+    parser.add_argument("--random-tokens", action="store_true", help="random ids instead of the tokens of a text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot of the ratios there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `bench` from the command line."""
-    if not 0 <= args.threads <= 1024:
-        raise FirstLayerError(f"{args.threads} is no number of threads")
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise UsageError(f"{args.threads} is no number of threads; give one between 1 and 1024")
     if args.plot:
         _pyplot()
         args.plot.mkdir(parents=True, exist_ok=True)
+        check(_plot_path(args.converted, args.plot), [args.source, args.converted], force=True)
     result = bench(
-        args.source, args.converted, batches=args.batch, contexts=args.context, threads=args.threads, limit=args.limit
+        args.source,
+        args.converted,
+        batches=args.batch,
+        contexts=args.context,
+        threads=args.threads or 0,
+        limit=args.limit,
+        random_tokens=args.random_tokens,
     )
     print(to_json(result) if args.json else summary(result))
     if args.plot:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import math
 import os
@@ -11,25 +10,24 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from gguf import GGUFWriter
-from tqdm import tqdm
 
 from gguf_firstlayer import auto, plan
 from gguf_firstlayer import tables as tab
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
+from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.runtime import Analysis, Site, analyse, library
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.text import change_text, count, log, progress, size_text, to_json
+
+INTERRUPTED = ", nothing was written"
 
 # of rows in F32, computed before they are written
 CHUNK_BYTES = 32 << 20
@@ -94,11 +92,6 @@ class _Writer(GGUFWriter):
         super().write_kv_data_to_file()
 
 
-def refuse_growth(growth: str) -> None:
-    """Do not write a file that grows that much without being asked for."""
-    raise FirstLayerError(f"{growth}; convert it with --yes, or fewer tables with --max-growth")
-
-
 def fingerprints(source: Source, sites: Sequence[Site]) -> dict[str, str]:
     """SHA-256 of the weights that each site was computed from, by recipe.
 
@@ -125,7 +118,6 @@ def convert(
     split_max_size: str | None = None,
     sidecar: bool = False,
     force: bool = False,
-    confirm: Callable[[str], None] = refuse_growth,
 ) -> Conversion:
     """Write a copy of a GGUF model in which tables replace what its first layer computes from the token alone.
 
@@ -137,17 +129,17 @@ def convert(
         type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest that
             do. "auto" measures, and takes the smallest types whose effect cannot be told from none
         max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
-        max_growth: of the file, as "5%" or in bytes: the sites that together save most per token and fit are taken
+        max_growth: of the file, in per cent like "5%", or in bytes, also like "500M" or "2G" (powers of 1000): the sites that
+            together save most per token and fit are taken
         keep_weights: also keep the weights that the tables make superfluous, for LoRA on layer 0 and for batches of
             embeddings (images, audio)
         split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"
             (`llama-gguf-split --split-max-size`)
         sidecar: write the tables only, to be used with the source (`llama-server -m SOURCE --firstlayer OUTPUT`)
         force: replace an existing output
-        confirm: called, if the file grows by more than a quarter and no max_growth is given, with a sentence that says so; by
-            default it raises
 
     Raises:
+        UsageError: an argument is not what it should be.
         FirstLayerError: the model cannot be converted, or the output cannot be written; nothing is left behind.
     """
     wanted = None if type == "auto" else plan.table_type(type)
@@ -157,26 +149,39 @@ def convert(
         if output is not None
         else model.path.with_name(f"{model.stem}.firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf")
     )
-    _check(model, output, split_max_size, force)
     if not 0 <= max_kld < math.inf:
-        raise FirstLayerError(f"{max_kld} is no bound on the KL divergence; give a number of nats like 1e-4")
+        raise UsageError(f"{max_kld} is no bound on the KL divergence; give a number of nats like 1e-4")
+    if split_max_size is not None and not re.fullmatch(r"[1-9]\d{0,6}[MG]", split_max_size):
+        raise UsageError(f"{split_max_size} is no size of a part; give one like 500M or 2G")
     if sidecar and split_max_size is not None:
-        raise FirstLayerError("a sidecar is not split; leave --split-max-size out")
-    budget = math.inf if max_growth is None else _budget(max_growth, model.bytes)
+        raise UsageError(f"a sidecar is not split; leave {option('split_max_size')} out")
+    budget = math.inf if max_growth is None else _growth(max_growth, model.bytes)
+    if model.get_field(tab.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{model.path} is already converted; convert the original model")
+    if not model.tensors:
+        raise FirstLayerError(f"{model.path} holds a vocabulary only, there are no weights to precompute from")
+    check(output, model.paths, force, parts=split_max_size is not None)
 
     with analyse(model.path) as analysis:
         if not analysis.sites:
             raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
 
         outline = plan.of_model(model, analysis)
+        keeps = keep_weights or sidecar
+        if wanted is None:
+            kinds, least, most = auto.types(outline.sites)
+        else:
+            kinds = least = most = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
+        growth = _Growth(max_growth, budget, _metadata_bytes(analysis))
+        _within(growth, outline, least, keeps)
+        _announce(outline, output, kinds, least, most, budget, keeps, sidecar)
+        if math.isinf(budget):
+            _check_room(output, _output_bytes(outline, kinds, keep_weights, sidecar), split_max_size)
+
         measurement, unmeasured = None, ""
         if wanted is None:
             kinds, measurement, unmeasured = auto.choose(model, analysis, max_kld)
-        else:
-            kinds = {site: tab.fitting(wanted, site.width) for site in analysis.sites}
-        if max_growth is None:
-            _check_growth(outline, kinds, keep_weights, sidecar, confirm)
-        chosen, left_out = _within(budget - _metadata_bytes(analysis), outline, kinds, keep_weights or sidecar)
+        chosen, left_out = _within(growth, outline, kinds, keeps)
         if left_out and measurement is not None:
             measurement = auto.measure_again(model, analysis, {site: kinds[site] for site in chosen}, max_kld)
 
@@ -191,13 +196,8 @@ def convert(
         ]
         kept = [] if sidecar else [tensor for tensor in model.tensors.values() if tensor.name not in dropped]
 
-        needed = sum(t.n_bytes for t in kept) + sum(t.bytes for t in tables) + model.parts[0].data_offset + (1 << 20)
-        needed *= 2 if split_max_size else 1
-        free = shutil.disk_usage(output.parent).free
-        if needed > free:
-            raise FirstLayerError(
-                f"{output.parent} has {size_text(free)} free, the output takes {size_text(needed)}; choose another with -o"
-            )
+        chosen_kinds = {site: kinds[site] for site in chosen}
+        _check_room(output, _output_bytes(outline, chosen_kinds, keep_weights, sidecar), split_max_size)
 
         with replacing(output) as temporary:
             writer = _Writer(model, sidecar)
@@ -229,7 +229,7 @@ def convert(
             library().check(*((model.path, first) if sidecar else (first,)))
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
 
-    expected = plan.make(outline, {site: kinds[site] for site in chosen})
+    expected = plan.make(outline, chosen_kinds)
     fallbacks = [site.name for site in chosen if wanted not in (None, kinds[site])]
     return Conversion(
         model.path, output.with_name(first.name), sites, tables, elided, fallbacks, left_out, measurement, unmeasured,
@@ -258,16 +258,27 @@ def _split(path: Path, max_size: str) -> None:
     path.unlink()
 
 
-def _budget(max_growth: str | float, source_bytes: int) -> float:
+class _Growth(NamedTuple):
+    """What a file may grow by.
+
+    Attributes:
+        asked: by the caller
+        bytes: that it is
+        metadata: of them, those that keys take
+    """
+
+    asked: str | float | None
+    bytes: float
+    metadata: int
+
+
+def _growth(max_growth: str | float, source_bytes: int) -> float:
     """Bytes that the file may grow by."""
-    text = str(max_growth).strip()
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise FirstLayerError(f"{text} is no growth; give one like 5%, or a number of bytes")
-    return value / 100 * source_bytes if text.endswith("%") else value
+    match = re.fullmatch(r"(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)([%KMG]?)", str(max_growth).strip())
+    if match is None:
+        raise UsageError(f"'{max_growth}' is no growth; give one like 5%, 500M or 2G, or a number of bytes")
+    factors = {"": 1.0, "%": source_bytes / 100, "K": 1e3, "M": 1e6, "G": 1e9}
+    return float(match[1]) * factors[match[2]]
 
 
 def _metadata_bytes(analysis: Analysis) -> int:
@@ -276,81 +287,64 @@ def _metadata_bytes(analysis: Analysis) -> int:
     return sites + sum(len(name) + 128 for name in analysis.elidable) + 4096
 
 
-def _check_growth(
-    outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, sidecar: bool, confirm: Callable[[str], None]
+def _announce(
+    outline: plan.Outline,
+    output: Path,
+    kinds: auto.Kinds,
+    least: auto.Kinds,
+    most: auto.Kinds,
+    budget: float,
+    keeps: bool,
+    sidecar: bool,
 ) -> None:
-    """Ask whether to write a file that grows by much, or a sidecar that is large."""
+    """Say what the conversion will cost and gain, before it takes time."""
+    expected = plan.make(outline, kinds)
+
+    def change(of: auto.Kinds) -> str:
+        growth = plan.make(outline, of, keep_weights=keeps).file_change
+        return f"{change_text(growth)} ({growth / outline.bytes:+.0%})"
+
+    if budget < math.inf:
+        size = f"{change_text(budget)} at most"
+    elif least == most:
+        size = change(kinds)
+    else:
+        size = f"{change(least)} to {change(most)}, with q8_0 tables {change(kinds)}"
+    smaller = f"smaller with {option('max_growth')} or {option('type')}"
+    log.info(
+        "%s: %s %s; at best %.4g times as fast in decoding, %.4g in prefill; %s",
+        output.name, "beside the source," if sidecar else "size", size, expected.decode_bound, expected.prefill_bound, smaller,
+    )  # fmt: skip
+
+
+def _output_bytes(outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool, sidecar: bool) -> int:
+    """No less than the output takes."""
     growth = plan.make(outline, kinds, keep_weights=keep_weights or sidecar).file_change
-    if growth > plan.GROWTH_ASKED * outline.bytes:
-        before, added = size_text(outline.bytes), f"{size_text(growth)} ({growth / outline.bytes:+.0%})"
-        confirm(
-            f"a sidecar of {outline.name} would take {added} beside its {before}"
-            if sidecar
-            else f"{outline.name} would grow from {before} by {added}"
+    return growth + (0 if sidecar else outline.bytes) + (1 << 20)
+
+
+def _check_room(output: Path, needed: int, split_max_size: str | None) -> None:
+    """Refuse an output that the disk has no room for."""
+    needed *= 2 if split_max_size else 1  # whole, and in parts
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise FirstLayerError(
+            f"{output.parent} has {size_text(free)} free, the output takes {size_text(needed)};"
+            f" choose another with {option('output')}, or less with {option('max_growth')} or {option('type')}"
         )
 
 
-def _within(
-    budget: float, outline: plan.Outline, kinds: auto.Kinds, keep_weights: bool
-) -> tuple[list[Site], list[plan.SitePlan]]:
+def _within(growth: _Growth, outline: plan.Outline, kinds: auto.Kinds, keeps: bool) -> tuple[list[Site], list[plan.SitePlan]]:
     """The sites that are worth their place in a budget, and the prices of the others."""
-    chosen, left_out = plan.select(outline, kinds, budget, keep_weights)
+    chosen, left_out, least = plan.select(outline, kinds, growth.bytes - growth.metadata, keeps)
     if not chosen:
+        needed = least + growth.metadata
         prices = "; ".join(map(plan.describe_price, left_out))
-        raise FirstLayerError(f"no table of {outline.name} fits into --max-growth: {prices}")
+        raise FirstLayerError(
+            f"no table of {outline.name} fits into {option('max_growth', growth.asked)}, which is"
+            f" {count(round(growth.bytes), 'byte')}; the least is {needed:,}, or {needed / outline.bytes:.2%}: {prices}"
+        )
     return chosen, left_out
-
-
-def _check(model: Source, output: Path, split_max_size: str | None, force: bool) -> None:
-    """Refuse what can be refused from the header."""
-    if model.get_field(tab.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{model.path} is already converted; convert the original model")
-    if not model.tensors:
-        raise FirstLayerError(f"{model.path} holds a vocabulary only, there are no weights to precompute from")
-    if split_max_size is not None and not re.fullmatch(r"[1-9]\d{0,6}[MG]", split_max_size):
-        raise FirstLayerError(f"{split_max_size} is no size of a part; give one like 500M or 2G")
-    if output.is_dir() or not output.parent.is_dir():
-        raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
-    outputs = [output] if output.exists() else []
-    if split_max_size is not None:
-        outputs = sorted(output.parent.glob(f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"))
-    for path in outputs:
-        if any(path.samefile(part) for part in model.paths):
-            raise FirstLayerError(f"{path} is the source itself; choose another name with -o")
-        if not force:
-            raise FirstLayerError(f"{path} exists; replace it with --force, or choose another name with -o")
-
-
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A file of the output's name in a temporary folder beside it; what is in the folder moves out in the end."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
-    except OSError as err:
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
-    try:
-        yield folder / output.name
-        parts = sorted(folder.iterdir(), reverse=True)  # without its first part, a split model is not there
-        for part in parts:
-            _sync(part)
-        for part in parts:
-            part.replace(output.with_name(part.name))
-        _sync(output.parent)
-    except OSError as err:
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk."""
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_tables(
@@ -367,7 +361,7 @@ def _write_tables(
     offsets = dict(zip(analysis.sites, np.cumsum([0] + [site.width for site in analysis.sites]).tolist(), strict=False))
 
     n_chunk = max(1, CHUNK_BYTES // (4 * sum(site.width for site in analysis.sites)))
-    with tqdm(total=analysis.n_vocab, unit="token", desc="tables", disable=None) as progress:
+    with progress("tables", analysis.n_vocab, "token") as bar:
         for first in range(0, analysis.n_vocab, n_chunk):
             tokens = np.arange(first, min(first + n_chunk, analysis.n_vocab))
             rows = analysis.rows(tokens)
@@ -378,7 +372,7 @@ def _write_tables(
                         table_rows[:, column : column + site.width] = rows[:, offsets[site] : offsets[site] + site.width]
                 writer.file.seek(start[i] + first * table.row_bytes)
                 writer.file.write(library().quantize(table_rows, table.type).data)
-            progress.update(len(tokens))
+            bar.update(len(tokens))
 
     writer.file.truncate(end)
 
@@ -390,17 +384,21 @@ def summary(result: Conversion) -> str:
     change = result.output_bytes - result.source_bytes
     table_bytes = sum(table.bytes for table in result.tables)
     types = {site.name: result.tables[site.table].type.name.lower() for site in result.sites}
-    command = ["python", "-m", "gguf_firstlayer", "run", "main", "-m", result.source if result.sidecar else result.output]
+    command = [*program(), "run", "main", "-m", result.source if result.sidecar else result.output]
     command += ["--firstlayer", result.output] if result.sidecar else []
     what = "not loaded" if result.sidecar else "eliminated"
     before, after = size_text(result.source_bytes), size_text(result.output_bytes)
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
     lines = [
-        f"{names} of every token now come from {len(result.tables)} table(s) of {size_text(table_bytes)}.",
-        f"{what}: {len(result.elided)} weights, {size_text(eliminated)}"
-        + (f" ({', '.join(weight.name for weight in result.elided)})" if result.elided else " (--keep-weights)"),
+        f"{names} of every token now come from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
+        f"{what}: {count(len(result.elided), 'weight')}, {size_text(eliminated)}"
+        + (
+            f" ({', '.join(weight.name for weight in result.elided)})"
+            if result.elided
+            else f" ({option('keep_weights', True)})"
+        ),
         *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
-        *(f"left out by --max-growth: {plan.describe_price(site)}" for site in result.left_out),
+        *(f"left out by {option('max_growth')}: {plan.describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {files}",
         f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
@@ -421,25 +419,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-kld", type=float, default=1e-4, metavar="NATS", help="that auto may add to the KL divergence (default: 1e-4)"
     )
     parser.add_argument(
-        "--max-growth", metavar="N%|BYTES", help="only tables that are worth it, while the file grows by no more"
+        "--max-growth", metavar="N%|N(K|M|G)", help="only tables that are worth it, while the file grows by no more"
     )
-    parser.add_argument("--yes", action="store_true", help="whatever the file grows by")
+    parser.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)  # of versions that asked before they wrote
     parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
     parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of this size at most, as llama-gguf-split does")
     parser.add_argument("--sidecar", action="store_true", help="write the tables only, to IN.firstlayer.gguf; IN stays in use")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _accept(_growth: str) -> None:
-    pass
-
-
-def _ask(growth: str) -> None:
-    """Let the user at the terminal decide."""
-    print(f"{growth}. Convert it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        refuse_growth(growth)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -454,7 +441,6 @@ def main(args: argparse.Namespace) -> int:
         split_max_size=args.split_max_size,
         sidecar=args.sidecar,
         force=args.force,
-        confirm=_accept if args.yes else _ask if sys.stdin.isatty() else refuse_growth,
     )
     print(to_json(result) if args.json else summary(result))
     return 0

@@ -1,5 +1,35 @@
-"""The one exception that users see."""
+"""What users are told if something is wrong, in the terms of how they called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 
 class FirstLayerError(Exception):
     """Something that the user can act on; its message is one sentence that says what is wrong and what to do."""
+
+
+class UsageError(FirstLayerError):
+    """The call itself is wrong: an argument, or a combination of them."""
+
+
+class Caller:
+    """Who is told: a program in Python, unless `main` or the parent of an isolated process says otherwise."""
+
+    is_command_line = False
+
+
+def option(name: str, value: object = None) -> str:
+    """An argument of a verb as the caller spells it: `--type` and `--max-growth 5%`, or `type=...` and `max_growth='5%'`."""
+    if not Caller.is_command_line:
+        return f"{name}={'...' if value is None else repr(value)}"
+    spelled = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+    return spelled if value is None or value is True else f"{spelled} {value}"
+
+
+def program() -> list[str]:
+    """The words by which a user calls the command line: as they did, if they did."""
+    if not Caller.is_command_line or Path(sys.argv[0]).name == "__main__.py":
+        return [Path(sys.executable).stem, "-m", "gguf_firstlayer"]
+    return ["gguf-firstlayer"]

@@ -17,7 +17,7 @@ import sys
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.paths import build, load_backends, paths
 
-_INSTALL = 'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=='
+_INSTALL = 'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install --no-cache-dir llama-cpp-python=='
 
 
 def _prepare() -> None:

@@ -14,14 +14,14 @@ import gguf
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import tables as tab
-from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, Site, Use, isolated
+from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.runtime import Analysis, Site, Use
 from gguf_firstlayer.source import Source, without_data
-from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.text import change_text, count, numbers, size_text, to_json
 
 BATCHES = (1, 16, 256, 1024)
 MAX_NUMBER = 10_000_000
-MAX_DIGITS = len(str(MAX_NUMBER))
 
 # types of which people are told the size of the tables
 SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
@@ -29,8 +29,8 @@ SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
 # of sites, of which all combinations are tried to fit a budget: the ones that read most
 MAX_GROUPS = 12
 
-# a file that grows by more is not written without being asked for
-GROWTH_ASKED = 0.25
+# growth of a file that people may want to avoid
+LARGE_GROWTH = 0.25
 
 PAGE = 4096
 # "typical text": of so many tokens
@@ -215,6 +215,7 @@ class Shape:
         feed_forward_matrices: 2, or 3 if it is gated
         expert_count: 1 if it is no mixture of experts
         parallel: attention and FFN both read the layer's input
+        expert_used_count: experts that a token is routed to
     """
 
     vocab_size: int
@@ -226,11 +227,20 @@ class Shape:
     feed_forward_matrices: int = 3
     expert_count: int = 1
     parallel: bool = False
+    expert_used_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.embedding_length % self.head_count or self.feed_forward_matrices not in (2, 3):
+            raise UsageError("the heads of the shape do not divide its embedding, or its FFN has not 2 or 3 matrices")
+        if not 1 <= self.expert_used_count <= self.expert_count:
+            raise UsageError(f"a token uses {self.expert_used_count} experts, and the shape has {self.expert_count}")
+        if self.block_count > 10_000:
+            raise UsageError(f"{self.block_count} layers are more than any model has")
 
     def outline(self, kind: GGMLQuantizationType = GGMLQuantizationType.F16) -> Outline:
         """All weights of one type, without norms and biases.
 
-        As in the paper, all experts are read, and a parallel block has no more use for its embedding.
+        As in the paper, a parallel block has no more use for its embedding.
         """
         d, n_batch = self.embedding_length, 512
         e = d // self.head_count * self.head_count_kv
@@ -246,10 +256,11 @@ class Shape:
         uses = [Use("token_embd", self.vocab_size, 1, 0, self.parallel), Use("output", 1, 1, d * self.vocab_size, False)]
         for i in range(self.block_count):
             for name, shape in (attention | {"attn_output": (d, d)} | ffn).items():
-                experts = self.expert_count if name in ffn else 1
+                experts, used = (self.expert_count, self.expert_used_count) if name in ffn else (1, 1)
                 weight = weights[f"blk.{i}.{name}"] = Weight(kind, (*shape, experts))
                 replaced = i == 0 and (name in attention or (self.parallel and name in ffn))
-                uses.append(Use(f"blk.{i}.{name}", 1, 1, weight.values * n_batch, replaced))
+                products = weight.values // experts * used * n_batch
+                uses.append(Use(f"blk.{i}.{name}", experts, used, products, replaced))
 
         sites = [Site(name, "", shape[1], ("token_embd", f"blk.0.{name}")) for name, shape in attention.items()]
         if self.parallel:
@@ -307,17 +318,18 @@ def plan(
 
     Args:
         model: a GGUF file, of a split model the first part; or `Shape(...).outline()`
-        type: of the tables
+        type: of the tables; "auto" stands for q8_0, which measuring begins with
         batches: sizes to tell the reads of
         keep_weights: of a conversion that does
 
     Raises:
-        FirstLayerError: as `of_file`; the type is unknown, or a batch size is not positive.
+        UsageError: the type is unknown, or a batch size is not positive.
+        FirstLayerError: as `of_file`.
     """
-    shape = model if isinstance(model, Outline) else of_file(Path(model))
     if not all(1 <= size <= MAX_NUMBER for size in batches):
-        raise FirstLayerError(f"a batch has between 1 and {MAX_NUMBER} tokens")
-    wanted = table_type(type)
+        raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
+    wanted = table_type("q8_0" if type == "auto" else type)
+    shape = model if isinstance(model, Outline) else of_file(Path(model))
     return make(shape, {site: tab.fitting(wanted, site.width) for site in shape.sites}, batches, keep_weights)
 
 
@@ -325,11 +337,11 @@ def table_type(name: str) -> GGMLQuantizationType:
     """A type by its name.
 
     Raises:
-        FirstLayerError: there is none that tables can have.
+        UsageError: there is none that tables can have.
     """
     kind = tab.TYPES.get(name.lower())
     if kind is None:
-        raise FirstLayerError(f"unknown table type {name}; choose one of {', '.join(tab.TYPES)}")
+        raise UsageError(f"unknown table type {name}; choose one of {', '.join(tab.TYPES)}")
     return kind
 
 
@@ -455,14 +467,14 @@ def distinct_tokens(n_tokens: int, n_vocab: int) -> float:
 
 def select(
     outline: Outline, kinds: Mapping[Site, GGMLQuantizationType], budget: float, keep_weights: bool
-) -> tuple[list[Site], list[SitePlan]]:
+) -> tuple[list[Site], list[SitePlan], int]:
     """The sites that save most bytes per token while the file grows by no more than a number of bytes.
 
     A weight is only saved if all sites that are computed from it come from tables, so such groups of sites are taken or left.
     Of those that save most, the ones that need the least space.
 
     Returns:
-        The sites, and the prices of those that were left out.
+        The sites, the prices of those that were left out, and the least that the file grows by with any.
     """
 
     def growth(sites: Sequence[Site]) -> int:
@@ -475,7 +487,7 @@ def select(
         return sum(map(outline.bytes_read, outline.replaced(sites))) - sum(table.row_bytes for table in tables)
 
     if growth(outline.sites) <= budget:
-        return list(outline.sites), []
+        return list(outline.sites), [], growth(outline.sites)
 
     gone = sorted((use for use in outline.uses if use.replaced and not use.is_lookup), key=outline.bytes_read, reverse=True)
     groups = list(dict.fromkeys(frozenset(site for site in outline.sites if use.weight in site.weights) for use in gone))
@@ -484,8 +496,9 @@ def select(
         unions |= {union | group for union in unions}
     candidates = [[site for site in outline.sites if site in union] for union in unions]
     fitting = [sites for sites in candidates if not sites or growth(sites) <= budget]
+    least = min((growth(sites) for sites in candidates if sites), default=growth(outline.sites))
     chosen = max(fitting, key=lambda sites: (saved(sites), -growth(sites), [site.name for site in sites]))
-    return chosen, [price(outline, chosen, site, kinds[site]) for site in outline.sites if site not in chosen]
+    return chosen, [price(outline, chosen, site, kinds[site]) for site in outline.sites if site not in chosen], least
 
 
 def describe_price(site: SitePlan) -> str:
@@ -496,6 +509,11 @@ def describe_price(site: SitePlan) -> str:
     )
 
 
+def _factor(value: float) -> str:
+    """A ratio with three digits, or all before the point: 12,346x, 1.98x, 0.73x."""
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
+
+
 def text(result: Plan) -> str:
     """The plan as people read it."""
     lines = [
@@ -504,19 +522,16 @@ def text(result: Plan) -> str:
     if not result.sites:
         return "\n".join([*lines, f"nothing to precompute: {result.blocker}"])
 
-    def change(n: int) -> str:
-        return f"{'-' if n < 0 else '+'}{size_text(abs(n))}"
-
     lines += [f"site {describe_price(site)}" for site in result.sites]
     lines += [
-        f"eliminated: {result.weights_eliminated} weights, {size_text(result.bytes_eliminated)};"
+        f"eliminated: {count(result.weights_eliminated, 'weight')}, {size_text(result.bytes_eliminated)};"
         f" {result.values_eliminated:,} values in matrices",
         "",
         f"{'read per batch':>14} {'values without':>16} {'with':>14} {'reduction':>10} {'bytes without':>14} {'with':>10}",
     ]
     for row in result.reads:
         lines.append(
-            f"{row.batch:>14,} {row.values_without:>16,} {row.values_with:>14,} {row.reduction:>9,.0f}x"
+            f"{row.batch:>14,} {row.values_without:>16,} {row.values_with:>14,} {_factor(row.reduction):>10}"
             f" {size_text(row.bytes_without):>14} {size_text(row.bytes_with):>10}"
         )
     sizes = ", ".join(f"{name} {size_text(result.table_bytes[name])}" for name in SHOWN)
@@ -524,15 +539,17 @@ def text(result: Plan) -> str:
     lines += [
         "",
         f"tables: {sizes}; below, {chosen}",
-        f"file: {change(result.file_change)} ({result.file_change / result.file_bytes:+.1%})",
-        f"memory: {change(result.resident_change)} after a text of {TEXT_TOKENS:,} tokens;"
-        f" {change(result.accelerator_change)} on a device that holds all layers",
+        f"file: {change_text(result.file_change)} ({result.file_change / result.file_bytes:+.1%})",
+        f"memory: {change_text(result.resident_change)} after a text of {TEXT_TOKENS:,} tokens;"
+        f" {change_text(result.accelerator_change)} on a device that holds all layers",
         f"decoding: {result.decode_bound:.4f}x at best, {size_text(result.decode_bytes_without)} of weights per token become"
         f" {size_text(result.decode_bytes_with)}",
         f"prefill: {result.prefill_bound:.4f}x at best, by operations",
     ]
-    if result.file_change > GROWTH_ASKED * result.file_bytes:
-        lines.append(f"The file would grow by more than {GROWTH_ASKED:.0%}: convert will want --max-growth, or --yes.")
+    if result.file_change > LARGE_GROWTH * result.file_bytes:
+        lines.append(
+            "The file would grow by much: convert --max-growth takes the tables that are worth it, --type smaller ones."
+        )
     return "\n".join(lines)
 
 
@@ -540,24 +557,25 @@ def parse_shape(value: str) -> Shape:
     """A `Shape` from `key=value,...`; `parallel` stands for `parallel=1`.
 
     Raises:
-        FirstLayerError: a key is unknown, missing, or no positive number.
+        UsageError: a key is unknown, missing, or no positive number.
     """
     fields = {field.name: field for field in dataclasses.fields(Shape)}
     given: dict[str, int] = {}
     for item in value.split(","):
         key, _, number = item.strip().partition("=")
-        if key not in fields or not (number.isdecimal() or (key == "parallel" and not number)) or len(number) > MAX_DIGITS:
-            raise FirstLayerError(f"'{item}' is no part of a shape; give {','.join(f'{name}=N' for name in fields)}")
+        if (
+            key not in fields
+            or not (number.isdecimal() or (key == "parallel" and not number))
+            or len(number) > len(str(MAX_NUMBER))
+        ):
+            raise UsageError(f"'{item}' is no part of a shape; give {','.join(f'{name}=N' for name in fields)}")
         given[key] = int(number or 1)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and not given.get(name)]
+    if given.get("expert_count", 1) > 1 and "expert_used_count" not in given:
+        missing.append("expert_used_count")
     if missing:
-        raise FirstLayerError(f"the shape lacks {', '.join(missing)}")
-    shape = Shape(**(given | {"parallel": bool(given.get("parallel"))}))  # type: ignore[arg-type]
-    if shape.block_count > 10_000:
-        raise FirstLayerError(f"{shape.block_count} layers are more than any model has")
-    if shape.embedding_length % shape.head_count or shape.feed_forward_matrices not in (2, 3) or shape.expert_count < 1:
-        raise FirstLayerError("the heads do not divide the embedding, or the FFN has not 2 or 3 matrices and an expert")
-    return shape
+        raise UsageError(f"the shape lacks {', '.join(missing)}")
+    return Shape(**(given | {"parallel": bool(given.get("parallel"))}))  # type: ignore[arg-type]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -565,20 +583,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, nargs="?", metavar="FILE.gguf", help="a model, or its first megabytes")
     parser.add_argument("--shape", metavar="KEY=N,...", help="instead of a file: " + ", ".join(Shape.__annotations__))
     parser.add_argument(
-        "--batch", default=",".join(map(str, BATCHES)), metavar="N,...", help="batch sizes (default: %(default)s)"
+        "--batch", type=numbers, default=BATCHES, metavar="N,...", help=f"batch sizes (default: {','.join(map(str, BATCHES))})"
     )
-    parser.add_argument("--type", default="q8_0", metavar="TYPE", help="type of the tables (default: q8_0)")
+    parser.add_argument(
+        "--type",
+        default="q8_0",
+        metavar="TYPE",
+        help="type of the tables (default: q8_0, where auto begins)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `plan` from the command line."""
     if (args.path is None) == (args.shape is None):
-        raise FirstLayerError("give a file, or a --shape")
-    if not all(size.isdecimal() and len(size) <= MAX_DIGITS for size in args.batch.split(",")):
-        raise FirstLayerError(f"'{args.batch}' is no list of batch sizes like 1,16")
-    batches = [int(size) for size in args.batch.split(",")]
+        raise UsageError("give either a file, or a --shape")
     model = parse_shape(args.shape).outline() if args.path is None else args.path
-    result = plan(model, type=args.type, batches=batches)
+    result = plan(model, type=args.type, batches=args.batch)
     print(to_json(result) if args.json else text(result))
     return 0

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_firstlayer import tables as tab
-from gguf_firstlayer.convert import replacing
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.text import count, size_text, to_json
+
+INTERRUPTED = ", nothing was written"
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,10 @@ def _check(tables: Source, donor: Source | None, output: Path, force: bool) -> t
     if elided and donor is None:
         size = size_text(sum(weight.bytes for weight in elided))
         raise FirstLayerError(
-            f"{tables.path} does not hold {len(elided)} weights of its source ({size}), so it cannot be reverted;"
-            " give a file that has them with --source"
+            f"{tables.path} does not hold {count(len(elided), 'weight')} of its source ({size}), so it cannot be reverted;"
+            f" give a file that has them with {option('source')}"
         )
-    if any(output.resolve() == path.resolve() for model in (tables, donor) if model for path in model.paths):
-        raise FirstLayerError(f"{output} is read from; choose another name with -o")
-    if output.is_dir() or not output.parent.is_dir():
-        raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
-    if output.exists() and not force:
-        raise FirstLayerError(f"{output} exists; replace it with --force, or choose another name with -o")
+    check(output, [path for model in (tables, donor) if model for path in model.paths], force)
     return origin
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +13,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.paths import load_backends, paths
+from gguf_firstlayer.start import STOPPING
 
-T = TypeVar("T")
 Self = TypeVar("Self", bound="Run")
 
 _LOG_LEVEL_ERROR = 4
@@ -108,7 +106,7 @@ def _undisturbed() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     previous = [signal.signal(number, lambda number, _frame: received.append(number)) for number in numbers]
     try:
         yield
@@ -274,7 +272,8 @@ class Library:
             valid = list(pool.map(part, ends, ends[1:]))
         if not all(valid):
             raise FirstLayerError(
-                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: choose another --type, like f32"
+                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: choose a wider type with"
+                f" {option('type')}, like f32"
             )
         return out
 
@@ -507,42 +506,3 @@ def analyse(path: Path) -> Analysis:
 
 def _try_analysis(path: Path) -> None:
     Analysis(path).close()
-
-
-def isolated(function: Callable[[Path], T], path: Path) -> T:
-    """Result of a function of this package for a model, from a child process, which may abort.
-
-    Raises:
-        FirstLayerError: the function raises it, or llama.cpp aborts.
-    """
-    code = "from gguf_firstlayer.runtime import _serve; _serve()"
-    child = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps((function, path)), capture_output=True, env=_child_environment()
-    )
-    if child.returncode != 0:
-        lines = child.stderr.decode(errors="replace").splitlines()
-        asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
-        raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
-    result = pickle.loads(child.stdout)
-    if isinstance(result, FirstLayerError):
-        raise result
-    return cast(T, result)
-
-
-def _serve() -> None:
-    """The other side of `isolated`."""
-    function, path = pickle.load(sys.stdin.buffer)
-    try:
-        result = function(path)
-    except FirstLayerError as err:
-        result = err
-    pickle.dump(result, sys.stdout.buffer)
-
-
-def _child_environment() -> dict[str, str]:
-    # a debugger that ggml starts on an abort would hold the child up
-    package_root = str(Path(__file__).resolve().parent.parent)
-    return os.environ | {
-        "GGML_NO_BACKTRACE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
-    }

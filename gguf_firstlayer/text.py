@@ -1,16 +1,23 @@
-"""How results are shown: sizes for people, JSON for programs."""
+"""How results are shown: numbers and progress for people, JSON for programs."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import logging
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+# what is said while a verb works; the command line prints it to stderr, programs choose
+log = logging.getLogger("gguf_firstlayer")
 
 
 def size_text(n: float) -> str:
@@ -19,6 +26,34 @@ def size_text(n: float) -> str:
         if abs(n) >= 2**power:
             return f"{n / 2**power:.{2 if power == 30 else 1}f} {unit}"
     return f"{n / 2**10:.1f} KiB"
+
+
+def change_text(n: float) -> str:
+    """Bytes that something grows or shrinks by."""
+    return f"{'-' if n < 0 else '+'}{size_text(abs(n))}"
+
+
+def count(n: int, noun: str) -> str:
+    """A number of things: `1 table`, `2 tables`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def numbers(text: str) -> list[int]:
+    """A list of numbers like `1,16`, as an argument of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not all(part.isascii() and part.isdecimal() and len(part) < 16 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,16")
+    return [int(part) for part in text.split(",")]
+
+
+def progress(task: str, total: int, unit: str) -> tqdm[Any]:
+    """A progress bar at a terminal; elsewhere a line at the start."""
+    if not sys.stderr.isatty():
+        log.info("%s: %s", task, count(total, unit))
+    return tqdm(total=total, desc=task, unit=unit, disable=None)
 
 
 def to_json(result: DataclassInstance) -> str:

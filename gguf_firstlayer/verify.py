@@ -15,13 +15,15 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from gguf_firstlayer import auto
 from gguf_firstlayer import tables as tab
 from gguf_firstlayer.auto import kl_divergence, log_softmax, round_trip, sample_tokens
 from gguf_firstlayer.convert import fingerprints
-from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, Run, Site, analyse, isolated, library
+from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.runtime import Analysis, Run, Site, analyse, library
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import to_json
+from gguf_firstlayer.text import count, log, to_json
 
 FAILURE = 2
 
@@ -34,6 +36,8 @@ OTHER_BATCH = 32
 
 # nats that tables may add to the mean KL divergence if the file does not say what its types were chosen for
 MAX_KLD = 1e-2
+# standard errors by which a run may differ more than its tables explain
+CHANCE = 3
 
 N_ROWS = 64
 # relative error of a row: what other kernels make of a product with 8-bit activations, and how much more than the rounding
@@ -54,14 +58,16 @@ class Verification:
         problems: what is outside of bounds, as sentences; empty if nothing is
         rows_checked: of the tables, recomputed from the source
         rows_same: share of them that are the same bit for bit
+        sample: whether the text is the built-in sample
         tokens: of the text
         scored: of them, those whose distributions the figures below are about
         logit_max, logit_rms: difference of logits
         kld, kld_error: mean KL divergence in nats, and its standard error
         kld_median, kld_p99, kld_max: of the same
         kld_floor: mean KL divergence of the source to itself in batches of another size
-        kld_added, kld_added_error: mean difference of the two, and its standard error
-        kld_bound: that kld_added may have
+        kld_added, kld_added_error: part of the tables in the divergence, and its standard error, over the first tokens of the
+            text, as `convert` measures it: with the errors of the tables enlarged, which sets them apart from noise
+        kld_bound: that these two together may reach
         top1: share of the tokens for which the most probable next one is the same
         perplexity_source, perplexity: of the text
         perplexity_change, perplexity_change_error: their difference, and its standard error
@@ -75,6 +81,7 @@ class Verification:
     problems: list[str]
     rows_checked: int = 0
     rows_same: float = 0.0
+    sample: bool = False
     tokens: int = 0
     scored: int = 0
     logit_max: float = 0.0
@@ -102,31 +109,37 @@ def verify(
     converted: str | os.PathLike[str],
     *,
     text: str | None = None,
-    tokens: int = N_TOKENS,
+    tokens: int | None = None,
 ) -> Verification:
     """Compare a converted file with the model it was made from.
 
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
-        text: to run both over; a built-in one by default
-        tokens: of the text, at most
+        text: to run both over; a built-in sample by default
+        tokens: of the text, at most; N_TOKENS by default
 
     Raises:
+        UsageError: the number of tokens is not positive.
         FirstLayerError: a file cannot be read or run, or is not what it should be; the text is too short.
     """
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"{tokens} is no number of tokens")
     model, tables, files = open_pair(Path(source), Path(converted))
-    if tokens < 1:
-        raise FirstLayerError(f"{tokens} is no number of tokens")
     sites, _, _ = tab.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
         problems = _foreign(model, sites, by_recipe)
         if problems:
             return Verification(model.path, tables.path, problems)
-        ids = _text_tokens(analysis, text, tokens)
+        ids = _text_tokens(analysis, text, tokens or N_TOKENS)
+        if tokens is not None and len(ids) < tokens:
+            log.warning(
+                "the text has %s, not %s: give a longer one with %s", count(len(ids), "token"), f"{tokens:,}", option("text")
+            )
         begin = analysis.tokenize("")[:1]  # as the text has it, if the model wants one
         n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
+        added = _added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
     measurement = tab.read_measurement(tables)
     bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
@@ -145,14 +158,16 @@ def verify(
 
     klds, floors = np.concatenate(scores.klds), np.concatenate(scores.floors)
     before, after = np.concatenate(scores.losses_source), np.concatenate(scores.losses)
-    added, added_error = _mean(klds - floors)
-    if added - 2 * added_error > bound:
-        problems.append(
-            f"the tables add {added:.1e} ± {added_error:.1e} nats to the mean KL divergence, the bound is {bound:g}:"
-            " convert with wider types"
-        )
-    elif not math.isfinite(added):
+    excess, excess_error = _mean(klds - floors)
+    kld_added, kld_added_error = (excess, excess_error) if added is None else added
+    if not math.isfinite(excess + kld_added):
         problems.append("the output of the converted model is not finite")
+    elif kld_added + kld_added_error > bound:
+        problems.append("the tables add more to the KL divergence than their bound: convert with wider types")
+    elif excess - CHANCE * excess_error > bound:
+        problems.append(
+            f"the output differs by {excess:.1e} ± {excess_error:.1e} nats more than the tables explain: please report this"
+        )
     p_source, p = float(np.exp(before.mean())), float(np.exp(after.mean()))
     return Verification(
         model.path,
@@ -160,6 +175,7 @@ def verify(
         problems,
         n_rows,
         same,
+        text is None,
         len(ids),
         len(klds),
         scores.logit_max,
@@ -169,8 +185,8 @@ def verify(
         float(np.percentile(klds, 99)),
         float(klds.max()),
         float(floors.mean()),
-        added,
-        added_error,
+        kld_added,
+        kld_added_error,
         bound,
         float(np.concatenate(scores.same).mean()),
         p_source,
@@ -245,10 +261,10 @@ def _foreign(model: Source, placed: Sequence[tab.Placed], by_recipe: dict[str, S
 def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArray[np.int32]:
     ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
     if not len(ids) and text:
-        raise FirstLayerError("the model has no tokenizer; leave --text out, for random tokens")
+        raise FirstLayerError(f"the model has no tokenizer; leave {option('text')} out, for random tokens")
     ids = ids[:n_max]
     if len(ids) < 4 * N_PROMPTS:
-        raise FirstLayerError(f"{len(ids)} tokens are too few to measure; give a longer text")
+        raise FirstLayerError(f"{count(len(ids), 'token')} are too few to measure, {4 * N_PROMPTS} are needed; give more text")
     return ids
 
 
@@ -295,6 +311,24 @@ def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) ->
     if wrong:
         problems.append(f"of {len(tokens)} rows recomputed, the tables hold others: {'; '.join(wrong)}; convert again")
     return len(tokens), float(same.mean()), problems
+
+
+def _added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:
+    """What tables add to the KL divergence over some tokens, and its standard error; None if gguf-py cannot read their type."""
+    placed, tables, _ = tab.read(file)
+    sites = {site.recipe: site for site in analysis.sites}
+    with auto.Effects(path, analysis, ids, n_measured=1) as effects:
+        errors = {}
+        for site in placed:
+            table = tables[site.table]
+            data = np.frombuffer(file.data(table.name), np.uint8).reshape(table.rows, -1)[effects.ids]
+            try:
+                rows = gguf.quants.dequantize(data, table.type)
+            except NotImplementedError:
+                return None
+            exact = effects.exact[sites[site.recipe]]
+            errors[sites[site.recipe]] = rows[:, site.column : site.column + site.width] - exact
+        return effects.rise(errors, auto.ENLARGED)
 
 
 class _Scores:
@@ -371,12 +405,13 @@ def summary(result: Verification) -> str:
     lines = [
         "the tables were computed from this source's weights;"
         f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit",
-        f"{result.scored} of {result.tokens} tokens scored",
+        f"{result.scored} tokens scored, of {result.tokens} of {'the built-in sample' if result.sample else 'the text'}",
         f"logits: max difference {result.logit_max:.3g}, RMS {result.logit_rms:.3g}",
         f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
         f" 99 % {result.kld_p99:.1e}, max {result.kld_max:.1e}",
-        f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes;"
-        f" the tables add {result.kld_added:.1e} ± {result.kld_added_error:.1e} (bound {result.kld_bound:g})",
+        f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes",
+        f"    part of the tables: {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats, together at most"
+        f" {result.kld_bound:g} wanted",
         f"most probable token the same: {result.top1:.2%}",
         f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
         f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
@@ -391,8 +426,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="to run both over (default: a built-in page)")
-    parser.add_argument("--tokens", type=int, default=N_TOKENS, metavar="N", help="of the text, at most (default: %(default)s)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="to run both over (default: a built-in sample of a page)")
+    parser.add_argument("--tokens", type=int, metavar="N", help=f"of the text, at most (default: {N_TOKENS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -403,7 +438,9 @@ def main(args: argparse.Namespace) -> int:
         try:
             text = cast(str, args.text.read_text(encoding="utf-8"))
         except UnicodeDecodeError as err:
-            raise FirstLayerError(f"{args.text} is no text in UTF-8; give another with --text") from err
+            raise FirstLayerError(f"{args.text} is no text in UTF-8; give another with {option('text')}") from err
+        except OSError as err:
+            raise FirstLayerError(f"{args.text} cannot be read: {err.strerror}") from err
     result = verify(args.source, args.converted, text=text, tokens=args.tokens)
     print(to_json(result) if args.json else summary(result))
     return 1 if result.problems else 0

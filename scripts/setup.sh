@@ -18,9 +18,9 @@ setup_venv() {
         echo "Making a virtual environment in .venv" >&2
         python3 -m venv .venv || die "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
     fi
-    # the bindings run on our libraries, there is no need to compile llama.cpp for them;
-    # and the package runs from here, on the libraries in build/
-    CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $python -m pip install --quiet --disable-pip-version-check \
+    # the bindings run on our libraries, there is no need to compile llama.cpp for them; in pip's cache, such a wheel without
+    # libraries would be taken for other environments. And the package runs from here, on the libraries in build/
+    CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $python -m pip install --no-cache-dir --quiet --disable-pip-version-check \
         --config-settings=wheel.cmake=false --editable ".$1"
     touch "$stamp"
 }

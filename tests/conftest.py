@@ -46,8 +46,8 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
 
 
 def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
-    """Convert a model whatever its file grows by."""
-    return gguf_firstlayer.convert(source, output, type=type, confirm=lambda _growth: None, **options)
+    """Convert a model without measuring it."""
+    return gguf_firstlayer.convert(source, output, type=type, **options)
 
 
 def free_port() -> int:
@@ -111,17 +111,17 @@ def divergence(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float]:
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     command = [sys.executable, "-m", "gguf_firstlayer", *map(str, arguments)]
-    return subprocess.run(command, text=True, capture_output=True, cwd=ROOT, check=False, **options)
+    return subprocess.run(command, **{"text": True, "capture_output": True, "cwd": ROOT, "check": False} | options)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence on stderr of a run that was refused."""
+    """The one sentence that a run was refused with; before it, there may be what it was about to do."""
     assert done.returncode in (1, 2), done
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    assert [line for line in lines if line.startswith("gguf-firstlayer: ")] == lines[-1:], done.stderr
+    return lines[-1]
 
 
 def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset()) -> Path:

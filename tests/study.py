@@ -105,7 +105,7 @@ def converted(entry: Entry, kind: Type = Type.Q4_K, table: str = "q8_0") -> Iter
     output = source.with_name(f"{entry.name}-{table}.gguf")
     try:
         write_model(entry, source, kind)
-        convert(source, output, type=table, force=True, confirm=lambda _growth: None)
+        convert(source, output, type=table, force=True)
         yield source, output
     finally:
         source.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def analysed_vocabulary(path: Path) -> int:
 def real(name: str) -> Result:
     source = ROOT / "models" / f"{name}.gguf"
     output = FOLDER / f"{name}-auto.gguf"
-    convert(source, output, force=True, confirm=lambda _growth: None)
+    convert(source, output, force=True)
     pair = (source, output)
     result = speeds(pair, (1, 128), loads=6, seconds=12, resources=True) | {"stock": with_stock(pair)}
     output.unlink()
@@ -251,7 +251,7 @@ def conversion(name: str) -> Result:
             rates["prefill"].append(512 / elapsed)
             if len(rates["convert"]) < 3:
                 started = time.perf_counter()
-                convert(source, FOLDER / "first-flp.gguf", type="q8_0", force=True, confirm=lambda _growth: None)
+                convert(source, FOLDER / "first-flp.gguf", type="q8_0", force=True)
                 rates["convert"].append(n_vocab / (time.perf_counter() - started))
     (FOLDER / "first-flp.gguf").unlink()
     source.unlink()
@@ -269,7 +269,7 @@ def draft() -> Result:
         change_key=lambda key, value: DRAFT_LAYERS if key.endswith(".block_count") else value,
         drop=gone,
     )
-    tables = convert(plain, FOLDER / "draft-flp.gguf", type="q8_0", force=True, confirm=lambda _growth: None).output
+    tables = convert(plain, FOLDER / "draft-flp.gguf", type="q8_0", force=True).output
     outline = of_file(plain)
     bound = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites}).decode_bound
 
@@ -333,7 +333,7 @@ def counted(name: str) -> Result:
         with converted(CATALOGUE[name], Type.Q4_1) as pair:  # a type that is not repacked
             return counts(pair)
     source, output = ROOT / "models" / f"{name}.gguf", FOLDER / f"{name}-q8_0.gguf"
-    convert(source, output, type="q8_0", force=True, confirm=lambda _growth: None)
+    convert(source, output, type="q8_0", force=True)
     return counts((source, output))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import json_schema
 import pytest
-from conftest import PATCHED, ROOT, cli
+from conftest import PATCHED, ROOT, cli, refusal
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.__main__ import VERBS
@@ -70,3 +74,103 @@ def test_readme_commands_exist():
             if words[0] != "run":
                 assert not [word for word in words if word.startswith("--") and word not in helps[words[0]]], line
     assert shown > 8
+
+
+#
+# start
+#
+
+PROGRAMS = {
+    "gguf-firstlayer": [str(Path(sys.executable).with_name("gguf-firstlayer"))],
+    "python -m": [sys.executable, "-m", "gguf_firstlayer"],
+}
+
+
+def called(program: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line by one of its names."""
+    command = [*PROGRAMS[program], *map(os.fsencode, map(str, words))]
+    return subprocess.run(command, **{"capture_output": True, "text": True, "cwd": ROOT, "check": False} | options)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_nothing_is_imported_from_the_working_directory(program, llama, llama_flp, tmp_path):
+    """Beside a downloaded model may lie whatever its author likes."""
+    for name in ["numpy", "tqdm", "gguf", "sentencepiece", "yaml", "shtab", "pickle", "subprocess", "argparse", "logging"]:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    model = tmp_path / "x.gguf"
+    model.symlink_to(llama)
+    arguments = {
+        "plan": [model],
+        "inspect": [model],
+        "convert": [model],
+        "verify": [model, llama_flp],
+        "bench": [model, llama_flp, "--batch", 1],
+        "revert": [llama_flp, "--source", model, "-o", tmp_path / "back.gguf"],
+        "run": ["main", "--version"],
+        "paths": [],
+    }
+    assert set(arguments) == set(VERBS)
+    for verb, words in arguments.items():
+        done = called(program, verb, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "executed").exists(), (verb, (tmp_path / "executed").read_text())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_closed_streams(program, closed, llama, tmp_path):
+    """As of a daemon. Fails if a file that is opened gets the number of a stream, and text for that is written into it."""
+    output = tmp_path / "x.gguf"
+    redirections = " ".join(f"{number}>&-" for number in closed.split())
+    words = [*PROGRAMS[program], "convert", str(llama), "-o", str(output), "--type", "q8_0"]
+    done = subprocess.run(["bash", "-c", f'"$@" {redirections}', "bash", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("wrote" in done.stdout) == ("1" not in closed)
+    assert cli("verify", llama, output).returncode == 0
+
+
+def test_output_to_a_full_disk(llama):
+    with open("/dev/full", "w") as full:
+        done = cli("plan", llama, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert done.returncode == 1
+    assert done.stderr == "gguf-firstlayer: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["Modell für Füße.gguf", "bad \udcff name.gguf"])
+def test_names_that_the_locale_cannot_spell(name, llama, tmp_path):
+    """In UTF-8, and of bytes that are none."""
+    source, output = tmp_path / name, tmp_path / name.replace(".gguf", "-flp.gguf")
+    source.write_bytes(llama.read_bytes())
+    for words in (
+        ["convert", source, "--type", "f32"],
+        ["inspect", output],
+        ["plan", source],
+        ["verify", source, output],
+        ["bench", source, output, "--batch", 1, "--threads", 1, "--plot", tmp_path],
+    ):
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = called("python -m", *words, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert output.exists()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_hints_are_spelled_like_the_call(program, llama, tmp_path):
+    done = called(program, "convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32")
+    hint = {"gguf-firstlayer": "gguf-firstlayer", "python -m": f"{Path(sys.executable).stem} -m gguf_firstlayer"}[program]
+    assert f"run it: {hint} run main -m " in done.stdout
+
+
+def test_importing_changes_nothing():
+    """In a program of somebody else's, Ctrl-C and the import path are theirs."""
+    code = (
+        "import signal, sys; path, handlers = sys.path[:], [signal.getsignal(n) for n in (1, 2, 15)];"
+        "import gguf_firstlayer; assert (sys.path, [signal.getsignal(n) for n in (1, 2, 15)]) == (path, handlers)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_missing_files_are_named(llama, llama_flp, tmp_path):
+    for arguments in (("verify", llama, llama_flp, "--text", tmp_path / "none"), ("plan", tmp_path / "none")):
+        assert refusal(cli(*arguments)) == f"gguf-firstlayer: {tmp_path / 'none'} cannot be read: No such file or directory"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +17,6 @@ from conftest import ROOT, cli, compare, convert, refusal
 from gguf import GGUFReader
 from test_files import split
 
-import gguf_firstlayer
 from gguf_firstlayer import FirstLayerError, Shape, plan
 from gguf_firstlayer.plan import make, of_file, select, table_type
 from gguf_firstlayer.runtime import Analysis
@@ -61,12 +60,40 @@ def test_the_papers_tables(name):
     assert result.file_change == 2 * net  # F16, as the weights
 
 
+SHAPE = (
+    "vocab_size=50400,embedding_length=4096,block_count=32,head_count=32,head_count_kv=32,feed_forward_length=16384,"
+    "feed_forward_matrices=2,PARALLEL"
+)
+
+
 def test_shape_on_the_command_line():
-    shape = "vocab_size=50400,embedding_length=4096,block_count=32,head_count=32,head_count_kv=32,feed_forward_length=16384"
-    report = json.loads(cli("plan", "--shape", f"{shape},feed_forward_matrices=2,parallel", "--batch", "16", "--json").stdout)
+    parallel = SHAPE.replace("PARALLEL", "parallel")
+    report = json.loads(cli("plan", "--shape", parallel, "--batch", "16", "--json").stdout)
     assert report["values_eliminated"] == 184_549_376
     assert [round(row["reduction"]) for row in report["reads"]] == [704]
-    assert "704x" in cli("plan", "--shape", f"{shape},feed_forward_matrices=2,parallel").stdout
+    assert "704x" in cli("plan", "--shape", parallel).stdout
+
+
+def test_reductions_below_one():
+    """Of batches for which tables read more than weights do."""
+    done = cli("plan", "--shape", SHAPE.replace("PARALLEL", "parallel"), "--batch", "1,8192,32768,100000")
+    column = [line.split()[3] for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0][0].isdigit()]
+    assert column == ["11,264x", "1.37x", "0.344x", "0.113x"]
+
+
+def test_experts_that_a_token_uses():
+    """Mixtral's shape; oracle: arithmetic."""
+    shape = Shape(32000, 4096, 32, 32, 8, 14336, expert_count=8, expert_used_count=2)
+    result = plan(shape.outline(), type="f16")
+    attention = 4096 * (2 * 4096 + 2 * 1024)
+    per_token = 32 * (attention + 2 * 3 * 4096 * 14336) + 32000 * 4096 + 4096
+    assert result.decode_bytes_without == 2 * per_token
+    assert result.parameters == 32 * (attention + 8 * 3 * 4096 * 14336) + 2 * 32000 * 4096
+
+
+def test_plan_of_auto(smollm):
+    assert plan(smollm, type="auto") == plan(smollm, type="q8_0")
+    assert cli("plan", smollm, "--type", "auto").returncode == 0
 
 
 @pytest.mark.parametrize(("name", "of_paper"), [("mistral-7b-v0.1", "Mistral-7B"), ("pythia-6.9b", "Pythia-6.9B")])
@@ -162,7 +189,8 @@ def test_selection(name, archs):
     subsets = [[s for i, s in enumerate(outline.sites) if bits >> i & 1] for bits in range(2 ** len(outline.sites))]
     prices = [told(sites) for sites in subsets]
     for budget in np.linspace(min(growth for growth, _ in prices), max(growth for growth, _ in prices), 7):
-        chosen, left_out = select(outline, kinds, budget, keep_weights=False)
+        chosen, left_out, least = select(outline, kinds, budget, keep_weights=False)
+        assert least <= min(growth for growth, _ in prices[1:]) or chosen == list(outline.sites)
         growth, saved = told(chosen)
         if chosen == list(outline.sites):
             assert growth <= budget
@@ -178,7 +206,7 @@ def test_a_budget_in_bytes_is_kept(archs, tmp_path):
     told = plan(source, type="q8_0")
     done = convert(source, tmp_path / "x.gguf", max_growth=told.file_change + 10_000)
     assert done.output_bytes - done.source_bytes <= told.file_change + 10_000
-    with pytest.raises(FirstLayerError, match="fits into --max-growth"):
+    with pytest.raises(FirstLayerError, match=r"fits into max_growth=\d+, which is"):
         convert(source, tmp_path / "y.gguf", max_growth=told.file_change)
 
 
@@ -200,24 +228,49 @@ def test_max_growth(smollm, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf"}
 
 
-def test_growth_is_asked_for(smollm, tmp_path):
-    output = tmp_path / "x.gguf"
-    arguments = ["convert", smollm, "-o", output, "--type", "q8_0"]
-    assert "would grow from 93.8 MiB by 47.5 MiB (+51%)" in refusal(cli(*arguments))
-    assert "more than 25%" in cli("plan", smollm).stdout
-    with pytest.raises(FirstLayerError, match="would grow"):
-        gguf_firstlayer.convert(smollm, output, type="q8_0")
+@pytest.mark.parametrize("growth", ["1G", "500M", "80e6", "500%", "47.6e6"])
+def test_growth_in_units(growth, smollm, tmp_path):
+    done = convert(smollm, tmp_path / "x.gguf", type="f32", max_growth=growth)
+    limits = {"1G": 10**9, "500M": 5 * 10**8, "500%": 5 * smollm.stat().st_size}
+    assert done.output_bytes - done.source_bytes <= limits.get(growth, float(growth[:4] + "6") if "e" in growth else 0)
+    assert bool(done.left_out) == ("e6" in growth)
 
-    for answer, code in (("n", 1), ("y", 0)):
-        primary, secondary = pty.openpty()
-        os.write(primary, f"{answer}\n".encode())
-        command = [sys.executable, "-m", "gguf_firstlayer", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, stdin=secondary, capture_output=True, text=True, check=False)
-        os.close(primary)
-        os.close(secondary)
-        assert "+51%). Convert it all the same? [y/N]" in done.stderr
-        assert done.returncode == code
-        assert output.exists() == (code == 0)
+
+@pytest.mark.parametrize("growth", ["5", "0", "-1", "5K"])
+def test_growth_that_is_too_small(growth, smollm, tmp_path):
+    """The message tells how it was read, and a growth that is enough: `5` was meant to be `5%`."""
+    arguments = ["convert", smollm, "-o", tmp_path / "x.gguf", "--type", "f32", "--max-growth"]
+    message = refusal(cli(*arguments, growth))
+    read = {"5": "5 bytes", "0": "0 bytes", "-1": "-1 bytes", "5K": "5,000 bytes"}[growth]
+    assert f"fits into --max-growth {growth}, which is {read}; the least is " in message
+    needed = int(message.split("the least is ")[1].split(", or ")[0].replace(",", ""))
+    assert cli(*arguments, needed - 1).returncode == 1
+    done = cli(*arguments, needed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_growth_is_announced(smollm, tmp_path):
+    """Before anything is measured; the file then is as large as was said."""
+    output = tmp_path / "x.gguf"
+    done = cli("convert", smollm, "-o", output, "--type", "q8_0")
+    assert done.returncode == 0
+    assert done.stderr.startswith("x.gguf: size +47.5 MiB (+51%); at best 1.004 times as fast in decoding")
+    assert "smaller with --max-growth or --type" in done.stderr.splitlines()[0]
+    assert (output.stat().st_size - smollm.stat().st_size) / 2**20 == pytest.approx(47.5, abs=0.1)
+
+    done = cli("convert", smollm, "-o", tmp_path / "y.gguf")
+    announced, measuring, _ = done.stderr.splitlines()
+    match = re.fullmatch(r"y.gguf: size \+([\d.]+) MiB .* to \+([\d.]+) MiB .*, with q8_0 tables \+47.5 MiB .*", announced)
+    assert match, announced
+    assert measuring.startswith("measuring on 512 tokens: ")
+    grown = ((tmp_path / "y.gguf").stat().st_size - smollm.stat().st_size) / 2**20
+    assert float(match[1]) <= grown <= float(match[2]) + 0.1
+    assert "The file would grow by much" in cli("plan", smollm).stdout
+
+
+def test_yes_is_accepted(llama, tmp_path):
+    """By which versions that asked before they wrote were answered."""
+    assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--yes").returncode == 0
 
 
 def test_plan_without_a_site(archs):
@@ -231,14 +284,17 @@ def test_plan_without_a_site(archs):
 
 def test_refusals(smollm, smollm_flp, llama, tmp_path):
     assert "already converted" in refusal(cli("plan", smollm_flp["q8_0"]))
-    assert "give a file, or a --shape" in refusal(cli("plan"))
-    assert "give a file, or a --shape" in refusal(cli("plan", smollm, "--shape", "vocab_size=1"))
+    assert "give either a file, or a --shape" in refusal(cli("plan"))
+    assert "give either a file, or a --shape" in refusal(cli("plan", smollm, "--shape", "vocab_size=1"))
     assert "the shape lacks embedding_length" in refusal(cli("plan", "--shape", "vocab_size=1"))
     assert "'width=3' is no part of a shape" in refusal(cli("plan", "--shape", "vocab_size=1,width=3"))
+    assert "the shape lacks expert_used_count" in refusal(cli("plan", "--shape", SHAPE.replace("PARALLEL", "expert_count=8")))
+    wrong = SHAPE.replace("PARALLEL", "expert_count=2,expert_used_count=3")
+    assert "a token uses 3 experts" in refusal(cli("plan", "--shape", wrong))
     assert "unknown table type" in refusal(cli("plan", smollm, "--type", "q9"))
-    assert "no list of batch sizes" in refusal(cli("plan", smollm, "--batch", "1,x"))
+    assert "no list of numbers" in refusal(cli("plan", smollm, "--batch", "1,x"))
     assert "a batch has between" in refusal(cli("plan", smollm, "--batch", "0"))
-    assert "no list of batch sizes" in refusal(cli("plan", smollm, "--batch", "9" * 400))
+    assert "no list of numbers" in refusal(cli("plan", smollm, "--batch", "9" * 400))
     assert "is no part of a shape" in refusal(cli("plan", "--shape", f"vocab_size={'9' * 400}"))
     assert "is no part of a shape" in refusal(cli("plan", "--shape", ""))
     shape = "vocab_size=9,embedding_length=8,block_count=9999999,head_count=2,head_count_kv=2,feed_forward_length=8"

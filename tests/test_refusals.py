@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
+import stat
 import struct
 import subprocess
 import sys
 import termios
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from conftest import PATCHED, ROOT, STOCK, cli, compare, convert, refusal, rewri
 from gguf import GGUFReader
 
 from gguf_firstlayer import FirstLayerError
+from gguf_firstlayer.output import replacing
 
 
 def digest(path: Path) -> str:
@@ -104,7 +109,7 @@ def test_output_is_source(llama, tmp_path):
     shutil.copy(llama, source)
     (tmp_path / "link.gguf").symlink_to(source)
     before = digest(source)
-    assert "is the source" in refusal(cli("convert", source, "-o", tmp_path / "link.gguf", "--force"))
+    assert "is read from" in refusal(cli("convert", source, "-o", tmp_path / "link.gguf", "--force"))
     assert digest(source) == before
 
 
@@ -132,8 +137,9 @@ def test_disk_is_checked_before_computing(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     monkeypatch.setattr("gguf_firstlayer.runtime.Analysis.rows", must_not_run)
-    with pytest.raises(FirstLayerError, match="free"):
-        convert(llama, tmp_path / "x.gguf")
+    for kind in ("q8_0", "auto"):
+        with pytest.raises(FirstLayerError, match="free"):
+            convert(llama, tmp_path / "x.gguf", type=kind)
     assert not list(tmp_path.iterdir())
 
 
@@ -143,68 +149,196 @@ def test_disk_fills_up(llama, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    assert "cannot be written" in refusal(cli("convert", llama, "-o", tmp_path / "x.gguf", preexec_fn=limit))
+    arguments = ["convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32"]
+    assert "cannot be written" in refusal(cli(*arguments, preexec_fn=limit))
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_usage_exits_with_2():
     assert cli("convert").returncode == 2
     assert cli("frobnicate").returncode == 2
+    assert cli("plan").returncode == 2
+    assert cli("convert", "x.gguf", "--type", "q9_9").returncode == 2
+    assert cli("bench", "x.gguf", "y.gguf", "--threads", 0).returncode == 2
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted(sent, smollm, smollm_flp, tmp_path):
-    """Killed at random moments: the source is intact, the destination absent or whole."""
-    before, whole = digest(smollm), digest(smollm_flp["q8_0"])
-    output, rng = tmp_path / "x.gguf", random.Random(int(sent))
-    command = [
-        sys.executable,
-        "-m",
-        "gguf_firstlayer",
-        "convert",
-        str(smollm),
-        "-o",
-        str(output),
-        "--force",
-        "--yes",
-        "--type",
-        "q8_0",
-    ]
-    cut_short = 0
-    for _ in range(6):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        time.sleep(rng.uniform(1, 5))  # Python itself starts in the first second
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+
+
+def interrupt(command: list[str], sent: int, event: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:
+    """Send a signal to a command when something has happened. Returns its exit code, and what it said."""
+
+    def defaults() -> None:
+        for number in SIGNALS[:3]:  # a job in the background of a script ignores some
+            signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=defaults
+    ) as process:
+        while not event(process):
+            assert process.poll() is None, process.stderr.read()
         process.send_signal(sent)
         _, errors = process.communicate()
-        assert "Traceback" not in errors
-        cut_short += process.returncode != 0
-        assert not output.exists() or digest(output) == whole
-        if sent != signal.SIGKILL:  # nobody can clean up after that one
-            assert {path.name for path in tmp_path.iterdir()} <= {"x.gguf"}
-    assert cut_short > 0
+    assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+def written(folder: Path) -> int:
+    """Bytes in the temporary folder of a conversion, -1 if there is none."""
+    sizes = []
+    for part in folder.glob(".*.part/*"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(part.stat().st_size)
+    return max(sizes, default=0 if list(folder.glob(".*.part")) else -1)
+
+
+@pytest.mark.parametrize("sent", SIGNALS)
+def test_interrupted(sent, smollm, smollm_flp, tmp_path):
+    """At some places of a conversion: the source is intact, the destination absent; what is left, the next one removes."""
+    before, whole = digest(smollm), digest(smollm_flp["q8_0"])
+    output = tmp_path / "x.gguf"
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--type", "q8_0"]
+    for megabytes in (0, 20, 90, 120):
+        code, errors = interrupt(command, sent, lambda _, size=megabytes << 20: written(tmp_path) >= size)
+        assert not output.exists()
+        if sent == signal.SIGKILL:
+            assert code == -sent
+            assert len(list(tmp_path.iterdir())) == 1
+        else:
+            assert code == 1
+            assert errors.splitlines()[-1] == "gguf-firstlayer: interrupted, nothing was written"
+            assert not list(tmp_path.iterdir())
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert list(tmp_path.iterdir()) == [output]
+    assert digest(output) == whole
     assert digest(smollm) == before
 
 
+def test_interrupted_while_it_starts(smollm):
+    """Numpy is being imported: no traceback of an import."""
+
+    def importing(process: subprocess.Popen) -> bool:
+        try:
+            return "numpy" in Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            return False
+
+    code, _ = interrupt([sys.executable, "-m", "gguf_firstlayer", "plan", str(smollm)], signal.SIGINT, importing)
+    assert code in (-signal.SIGINT, 1)
+
+
 def test_interrupted_while_measuring(smollm, tmp_path):
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(tmp_path / "x.gguf"), "--yes"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert (process.returncode, errors) == (1, "gguf-firstlayer: interrupted, nothing was written\n")
+    """In the middle of a call into llama.cpp."""
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(tmp_path / "x.gguf")]
+
+    def measuring(process: subprocess.Popen) -> bool:
+        return any(line.startswith("measuring") for line in process.stderr)
+
+    assert interrupt(command, signal.SIGINT, measuring) == (1, "gguf-firstlayer: interrupted, nothing was written\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_bar_only_on_a_terminal(llama, tmp_path):
-    assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--yes").stderr == ""
+def test_only_conversions_say_that_nothing_was_written(smollm, smollm_flp):
+    command = [sys.executable, "-m", "gguf_firstlayer", "bench", str(smollm), str(smollm_flp["q8_0"])]
+    loading = interrupt(command, signal.SIGINT, lambda process: process.stderr.readline().startswith("loading"))
+    assert loading == (1, "gguf-firstlayer: interrupted\n")
+
+
+def test_nohup_is_obeyed(llama, tmp_path):
+    """Who ignores SIGHUP wants the conversion to go on after the terminal is closed."""
+    command = ["nohup", sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "x.gguf")]
+    with subprocess.Popen([*command, "--type", "f32"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while written(tmp_path) < 0 and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGHUP)
+        process.communicate()
+    assert process.returncode == 0
+
+
+def test_folders_of_living_processes_stay(llama, tmp_path):
+    """Only what nobody has locked is abandoned."""
+    alive = replacing(tmp_path / "x.gguf")
+    part = alive.__enter__()
+    part.write_text("in the middle of it")
+    (tmp_path / ".x.gguf.dead.part").mkdir()
+    (tmp_path / ".x.gguf.dead.part" / "x.gguf").write_text("left")
+    (tmp_path / ".other.gguf.dead.part").mkdir()
+    assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".other.gguf.dead.part", part.parent.name, "x.gguf"])
+    alive.__exit__(None, None, None)
+    assert (tmp_path / "x.gguf").read_text() == "in the middle of it"
+
+
+@pytest.mark.parametrize("verb", ["convert", "revert", "bench"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "link to a device", "socket"])
+def test_output_is_no_file(verb, kind, llama, llama_flp, tmp_path):
+    """Not even with --force: it would be replaced by a file."""
+    name = "llama-flp-bench.png" if verb == "bench" else "x.gguf"
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("root may make devices")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to("/dev/null")
+    before = path.lstat()
+    arguments = {
+        "convert": ("convert", llama, "-o", path, "--force"),
+        "revert": ("revert", llama_flp, "--source", llama, "-o", path, "--force"),
+        "bench": ("bench", llama, llama_flp, "--plot", tmp_path),
+    }
+    message = refusal(cli(*arguments[verb]))
+    assert message == f"gguf-firstlayer: {path} is no regular file; choose another name with -o"
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_output_is_a_link_that_leads_nowhere(llama, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.symlink_to(tmp_path / "gone.gguf")
+    assert "exists" in refusal(cli("convert", llama, "-o", path))
+    assert cli("convert", llama, "-o", path, "--type", "f32", "--force").returncode == 0
+    assert not path.is_symlink()
+
+
+def test_messages_fit_the_caller(llama, tmp_path):
+    """The same error in the terms of the command line, and of Python."""
+    output = tmp_path / "x.gguf"
+    output.touch()
+    assert "replace it with --force, or choose another name with -o" in refusal(cli("convert", llama, "-o", output))
+    with pytest.raises(FirstLayerError, match=r"replace it with force=True, or choose another name with output=\.\.\."):
+        convert(llama, output)
+
+
+def test_progress(llama, tmp_path):
+    """A bar at a terminal, a line at the start elsewhere, for Python nothing."""
+    lines = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32").stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("tables: ")
+    code = "import gguf_firstlayer, sys; gguf_firstlayer.convert(*sys.argv[1:])"
+    quiet = subprocess.run([sys.executable, "-c", code, llama, tmp_path / "z.gguf"], capture_output=True, check=True)
+    assert quiet.stderr == b""
 
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf"), "--yes"]
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf")]
     subprocess.run(command, cwd=ROOT, stderr=secondary, stdout=subprocess.DEVNULL, check=True)
     os.close(secondary)
-    assert b"tables" in os.read(primary, 10000)
+    seen = b""
+    with contextlib.suppress(OSError):  # at the end
+        while chunk := os.read(primary, 10000):
+            seen += chunk
     os.close(primary)
+    # as many runs as were announced, with a time left
+    bars = re.findall(r"measuring on \d+ tokens: +(\d+)%\|.*?\| (\d+)/(\d+) \[[\d:]+<([\d:?]+)", seen.decode())
+    assert bars[0][1] == "0"
+    assert bars[-1][:2] == ("100", bars[-1][2])
+    assert b"tables: 100%" in seen
 
 
 #

@@ -53,7 +53,7 @@ def test_source_is_not_touched(llama, tmp_path):
     source = Path(shutil.copy(llama, tmp_path / "some.model.gguf"))
     source.chmod(0o444)
     before = hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_mtime_ns
-    done = cli("convert", source, "--sidecar", "--type", "q8_0", "--yes")
+    done = cli("convert", source, "--sidecar", "--type", "q8_0")
     assert done.returncode == 0, done.stderr
     assert (hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_mtime_ns) == before
     output = tmp_path / "some.model.firstlayer.gguf"
@@ -136,7 +136,7 @@ def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
 def test_refusals(llama, tmp_path):
     tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
     assert "already converted" in refusal(cli("convert", tables))
-    assert "not split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G", "--yes"))
+    assert "not split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G"))
     with pytest.raises(FirstLayerError, match="itself converted"):
         verify(tables, llama)
     assert json.loads(cli("inspect", tables, "--json").stdout)["sidecar"]

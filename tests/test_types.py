@@ -73,7 +73,7 @@ def test_fallback_is_llama_quantizes(kind, archs, tmp_path):
 
 
 def test_fallback_is_said(smollm, tmp_path):
-    done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "q6_k", "--yes")
+    done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "q6_k")
     assert "Qcur-0: q8_0, as the blocks of the type wanted do not divide its width" in done.stdout
     assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}
 
@@ -164,7 +164,7 @@ def test_cheapest_is_the_best():
 def test_auto_is_the_default(smollm, tmp_path):
     """Types are chosen by measurement, twice alike, and the file tells."""
     outputs = [tmp_path / name for name in ("a.gguf", "b.gguf")]
-    dones = [cli("convert", smollm, "-o", output, "--yes", "--json") for output in outputs]
+    dones = [cli("convert", smollm, "-o", output, "--json") for output in outputs]
     report = json.loads(dones[0].stdout)
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert report["measurement"]["max_kld"] == 1e-4
@@ -179,7 +179,7 @@ def test_auto_is_the_default(smollm, tmp_path):
 @pytest.mark.parametrize(("max_kld", "expected"), [("1", 4.6), ("1e-9", 16)])
 def test_bound_decides(max_kld, expected, smollm_f16, tmp_path):
     """A loose bound takes narrow types, a strict one wide types."""
-    result = json.loads(cli("convert", smollm_f16, "-o", tmp_path / "x.gguf", "--max-kld", max_kld, "--yes", "--json").stdout)
+    result = json.loads(cli("convert", smollm_f16, "-o", tmp_path / "x.gguf", "--max-kld", max_kld, "--json").stdout)
     bits = [8 * table.bytes / (table.width * table.rows) for table in inspect(result["output"]).tables]
     assert max(bits) <= expected if expected < 8 else min(bits) >= expected
     assert result["measurement"]["kld_tables"] + result["measurement"]["kld_tables_error"] <= float(max_kld)
@@ -217,7 +217,7 @@ def test_sites_have_types_of_their_own(archs, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_measured(name, reason, archs, tmp_path):
-    done = cli("convert", archs / f"{name}.gguf", "-o", tmp_path / "x.gguf", "--yes")
+    done = cli("convert", archs / f"{name}.gguf", "-o", tmp_path / "x.gguf")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"types were not measured: .*{reason}", done.stdout)
     assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}

@@ -100,11 +100,12 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
         }
         path = override->second.val_str;
     }
-    if (!path) {
+    if (!path || !*path) {
         return nullptr;
     }
 
-    ggml_context *   ctx = nullptr;
+    auto             file = std::make_unique<llama_file>(path, "rb", ml.use_direct_io);  // throws if there is none
+    ggml_context *   ctx  = nullptr;
     gguf_context_ptr meta(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/&ctx }));
     ggml_context_ptr tensors(ctx);
     if (!meta || gguf_find_key(meta.get(), KV_SOURCE_NAME) < 0) {
@@ -118,7 +119,7 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
         return nullptr;
     }
 
-    ml.files.emplace_back(new llama_file(path, "rb", ml.use_direct_io));
+    ml.files.push_back(std::move(file));
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         const llama_model_loader::llama_tensor_weight weight(ml.files.back().get(), ml.files.size() - 1, meta.get(), t);
         if (!ml.weights_map.emplace(ggml_get_name(t), weight).second) {
@@ -149,7 +150,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
             "unknown %s, this build reads version %u: update it, or convert the model again", KV_VERSION, VERSION));
     }
 
-    auto res = std::make_unique<llama_firstlayer>();
+    auto res        = std::make_unique<llama_firstlayer>();
+    res->is_sidecar = sidecar != nullptr;
 
     size_t           n_sites   = 0;
     const int64_t    id_name   = find_array(meta, KV_SITE_NAME, GGUF_TYPE_STRING, n_sites, true);
@@ -237,7 +239,6 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
             }
             ml.n_tensors++;
         }
-        res->in_file        = sidecar != nullptr;
         res->phantoms[name] = t;
     }
 
@@ -275,8 +276,13 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
             model.can_prefetch.insert(table.tensor);
             table.fetched = std::make_unique<std::atomic<bool>[]>(meta->ne[1]);
         }
+        // the model has the parameters of its source
+        ml.n_elements -= is_sidecar ? 0 : ggml_nelements(meta);
     }
-    if (in_file && !ml.no_alloc) {
+    for (const auto & [_, t] : phantoms) {
+        ml.n_elements += is_sidecar ? 0 : ggml_nelements(t);
+    }
+    if (is_sidecar && !ml.no_alloc) {
         // what is mapped lazily and never read takes no memory
         for (const auto & [name, t] : phantoms) {
             ml.lazy.add(name, t, &ml.require_weight(name.c_str()));
@@ -349,8 +355,14 @@ void llama_firstlayer::check(llama_model_base & model) {
     if (!problem.empty()) {
         throw std::runtime_error(problem);
     }
-    LLAMA_LOG_INFO("%s: first layer: %zu sites come from %zu tables, %zu weights are elided\n", __func__, sites.size(),
-                   tables.size(), phantoms.size());
+    // a warning, since tools show no information
+    const auto is_used = [](const site & s) {
+        return s.used;
+    };
+    const size_t n_used = std::count_if(sites.begin(), sites.end(), is_used);
+    if (n_used > 0) {
+        LLAMA_LOG_WARN("%s: the first layer comes from tables (%zu of %zu sites)\n", __func__, n_used, sites.size());
+    }
 }
 
 bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) const {

@@ -254,8 +254,8 @@ struct llama_firstlayer {
     std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
     std::string                                    problem;    // found by apply() while check() runs
     bool                                           checking = false;
-    bool                                           in_file  = false;  // phantoms have data, in the file of the model
-    std::unique_ptr<llm_graph_result>              res_encoder;       // last one that was checked or observed
+    bool                              is_sidecar            = false;  // so phantoms have data, in the file of the model
+    std::unique_ptr<llm_graph_result> res_encoder;                    // last one that was checked or observed
 };
 
 #endif

@@ -1,0 +1,122 @@
+"""Files that verbs write: refused beforehand if they cannot be, and whole or absent afterwards."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gguf_firstlayer.errors import FirstLayerError, option
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".part"
+
+
+def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False) -> None:
+    """Refuse what would not be written, or should not be.
+
+    Args:
+        output: file
+        sources: files that are read
+        force: to replace what exists
+        parts: the output are files `NAME-00001-of-0000N.gguf` instead
+
+    Raises:
+        FirstLayerError: the output is a source, exists, or is something that is no file; its folder does not exist.
+    """
+    if output.is_dir() or not output.parent.is_dir():
+        raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
+    pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
+    for path in sorted(output.parent.glob(pattern)) if parts else [output]:
+        # a link is replaced, not what it leads to; nor is one that leads nowhere free
+        if not os.path.lexists(path):
+            continue
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise FirstLayerError(f"{path} is no regular file; choose another name with {option('output')}")
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise FirstLayerError(f"{path} is read from; choose another name with {option('output')}")
+        if not force:
+            raise FirstLayerError(
+                f"{path} exists; replace it with {option('force', True)}, or choose another name with {option('output')}"
+            )
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A file of the output's name in a temporary folder beside it; what is in the folder moves out in the end.
+
+    Raises:
+        FirstLayerError: the output cannot be written.
+    """
+    try:
+        _remove_abandoned(output)
+        folder, lock = _make_folder(output)
+    except OSError as err:
+        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
+    try:
+        yield folder / output.name
+        parts = sorted(folder.iterdir(), reverse=True)  # without its first part, a split model is not there
+        for part in parts:
+            _sync(part)
+        for part in parts:
+            part.replace(output.with_name(part.name))
+        _sync(output.parent)
+    except OSError as err:
+        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_folder(output: Path) -> tuple[Path, int | None]:
+    """A temporary folder, and the handle that locks it for as long as this process lives, where the system has such locks."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=SUFFIX, dir=output.parent))
+        if fcntl is None:
+            return folder, None
+        with suppress(FileNotFoundError):  # another process took it for abandoned, before it was locked
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # likewise
+                os.close(lock)
+                continue
+            except OSError:  # a file system without locks
+                os.close(lock)
+                return folder, None
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove the temporary folders for this output of processes that were killed: nobody has a lock on these."""
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.*{SUFFIX}") if fcntl else ():
+        with suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
