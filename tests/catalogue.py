@@ -3,7 +3,8 @@
 llama.cpp itself tells which tensors a model of these hyperparameters has, as in tests/random_models.py; kept here is which
 of the optional ones the real model lacks, and the published number of parameters, which their sum has to reproduce.
 
-    python tests/catalogue.py FOLDER Q4_K      checks the sums, and writes all headers
+    python tests/catalogue.py FOLDER Q4_K             checks the sums, and writes all headers
+    python tests/catalogue.py NAME OUT.gguf Q4_K      writes one of the models, with random weights
 """
 
 from __future__ import annotations
@@ -1305,4 +1306,8 @@ def write_headers(folder: Path, kind: gguf.GGMLQuantizationType) -> None:
 
 
 if __name__ == "__main__":
-    write_headers(Path(sys.argv[1]), gguf.GGMLQuantizationType[sys.argv[2]])
+    *name, place, kind = sys.argv[1:]
+    if name:
+        write_model(CATALOGUE[name[0]], Path(place), gguf.GGMLQuantizationType[kind])
+    else:
+        write_headers(Path(place), gguf.GGMLQuantizationType[kind])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
-    assert [line for line in lines if line.startswith("gguf-firstlayer: ")] == lines[-1:], done.stderr
+    assert [line for line in lines if re.match(r"gguf-firstlayer( \w+)?: ", line)] == lines[-1:], done.stderr
     return lines[-1]
 
 

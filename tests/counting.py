@@ -11,12 +11,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
 
 from gguf_firstlayer.runtime import Run
 
 # valgrind knows no AVX-512, which the other builds use where there is some
-COUNTED = ROOT / "build" / "counted" / "bin"
+COUNTED = Path(__file__).resolve().parent.parent / "build" / "counted" / "bin"
 TOKENS = (2, 6)
 
 

@@ -33,7 +33,7 @@ from gguf import GGMLQuantizationType as Type
 from matplotlib import pyplot
 
 from gguf_firstlayer import bench, convert
-from gguf_firstlayer.bench import _place_anew, _times, ratio
+from gguf_firstlayer.bench import _measure, _place_anew, ratio
 from gguf_firstlayer.plan import make, of_file
 from gguf_firstlayer.runtime import Run, analyse
 from gguf_firstlayer.source import Source
@@ -198,7 +198,8 @@ def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 8) -> R
                 stack.callback(runs[i].close)
             tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, n_vocab, 1 << 14, np.int32)
             for batch, measured in times.items():
-                measured.append(_times([runs[i] for i in range(3)], tokens, batch, 0, seconds / loads, rng))
+                turns = _measure([runs[i] for i in range(3)], tokens, batch, 0, seconds / loads, rng, os.cpu_count() or 1)
+                measured.append(turns.quiet if len(turns.quiet) else turns.times)
     cells = []
     for batch, measured in times.items():
         cells.append(

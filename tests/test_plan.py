@@ -78,7 +78,7 @@ def test_reductions_below_one():
     """Of batches for which tables read more than weights do."""
     done = cli("plan", "--shape", SHAPE.replace("PARALLEL", "parallel"), "--batch", "1,8192,32768,100000")
     column = [line.split()[3] for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0][0].isdigit()]
-    assert column == ["11,264x", "1.37x", "0.344x", "0.113x"]
+    assert column == ["11,264x", "1.62x", "0.594x", "0.363x"]
 
 
 def test_experts_that_a_token_uses():
@@ -206,7 +206,7 @@ def test_a_budget_in_bytes_is_kept(archs, tmp_path):
     told = plan(source, type="q8_0")
     done = convert(source, tmp_path / "x.gguf", max_growth=told.file_change + 10_000)
     assert done.output_bytes - done.source_bytes <= told.file_change + 10_000
-    with pytest.raises(FirstLayerError, match=r"fits into max_growth=\d+, which is"):
+    with pytest.raises(FirstLayerError, match=r"fits into max_growth=-\d+, which is"):
         convert(source, tmp_path / "y.gguf", max_growth=told.file_change)
 
 
@@ -228,12 +228,16 @@ def test_max_growth(smollm, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf"}
 
 
-@pytest.mark.parametrize("growth", ["1G", "500M", "80e6", "500%", "47.6e6"])
-def test_growth_in_units(growth, smollm, tmp_path):
+@pytest.mark.parametrize(
+    ("growth", "n_bytes"), [("1G", 10**9), ("500M", 5e8), ("80000K", 8e7), ("80e6", 8e7), (80_000_000, 8e7), ("50.5%", 0.505)]
+)
+def test_growth_in_units(growth, n_bytes, smollm, tmp_path):
+    """All three tables take 192 %, the small ones 77 %."""
+    allowed = n_bytes if n_bytes > 1 else n_bytes * smollm.stat().st_size
     done = convert(smollm, tmp_path / "x.gguf", type="f32", max_growth=growth)
-    limits = {"1G": 10**9, "500M": 5 * 10**8, "500%": 5 * smollm.stat().st_size}
-    assert done.output_bytes - done.source_bytes <= limits.get(growth, float(growth[:4] + "6") if "e" in growth else 0)
-    assert bool(done.left_out) == ("e6" in growth)
+    grown = done.output_bytes - done.source_bytes
+    assert allowed / 3 < grown <= allowed if done.left_out else grown <= allowed
+    assert bool(done.left_out) == (allowed < 1e8)
 
 
 @pytest.mark.parametrize("growth", ["5", "0", "-1", "5K"])

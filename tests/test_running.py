@@ -230,6 +230,24 @@ def complete(model: Path, *arguments: object) -> str:
     return tool("llama-completion", "-m", model, "-t", 1, "-no-cnv", "-c", 1024, "-n", 32, "--temp", 0, *arguments)
 
 
+def test_tools_tell_that_tables_are_used(smollm, smollm_flp):
+    """At their usual verbosity, once; of a model without tables, nothing."""
+    line = "the first layer comes from tables (3 of 3 sites)"
+    options = ["-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x"]
+    logs = [tool("llama-completion", "-m", model, *options, log=True) for model in (smollm_flp["f32"], smollm)]
+    assert [log.count(line) for log in logs] == [1, 0]
+
+
+def test_tables_are_no_parameters(smollm, smollm_flp):
+    """llama-bench, and whoever asks llama_model_n_params, gets the number of the source's."""
+
+    def parameters(model: Path) -> int:
+        return json.loads(tool("llama-bench", "-m", model, "-p", 1, "-n", 0, "-r", 1, "-o", "json"))[0]["model_n_params"]
+
+    expected = sum(int(np.prod(tensor.shape)) for tensor in GGUFReader(smollm).tensors)
+    assert {parameters(model) for model in (smollm, *smollm_flp.values())} == {expected}
+
+
 @pytest.fixture(scope="session")
 def control_vector(tmp_path_factory) -> Path:
     """A random control vector for layers 1 to 29 of SmolLM2."""

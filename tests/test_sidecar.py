@@ -90,11 +90,17 @@ def test_verify_and_bench(smollm, sidecar):
         assert result.resources.tables_mapped > 0
 
 
-def test_tools(smollm, sidecar, tmp_path):
+def test_tools(smollm, sidecar, monkeypatch):
     """--firstlayer, and its environment variable. Fails if they are accepted and do nothing."""
     options = ["-m", smollm, "-t", 1, "-c", 64, "-n", 1, "-p", "x", "-no-cnv"]
-    assert "3 sites come from 1 tables" in tool("llama-completion", *options, "--firstlayer", sidecar, "-lv", 4, log=True)
-    assert "sites come from" not in tool("llama-completion", *options, "-lv", 4, log=True)
+    used = "the first layer comes from tables (3 of 3 sites)"
+    assert tool("llama-completion", *options, "--firstlayer", sidecar, log=True).count(used) == 1
+    assert used not in tool("llama-completion", *options, "-lv", 4, log=True)
+    monkeypatch.setenv("LLAMA_ARG_FIRSTLAYER", str(sidecar))
+    assert used in tool("llama-completion", *options, log=True)
+    monkeypatch.setenv("LLAMA_ARG_FIRSTLAYER", "")  # none
+    assert used not in tool("llama-completion", *options, log=True)
+    monkeypatch.delenv("LLAMA_ARG_FIRSTLAYER")
     chat = [("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 16})]
     assert serve(smollm, chat, "--firstlayer", sidecar) == serve(smollm, chat)
 
@@ -126,9 +132,12 @@ def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
     broken = tmp_path / "broken.gguf"
     tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
     broken.write_bytes(tables.read_bytes()[:-100])
-    for file in (llama, llama_flp, tmp_path / "absent.gguf", broken):
+    for file in (llama, llama_flp, broken):
         (failure,) = run(PATCHED, {"run": "load", "model": llama, "load": {"sidecar": str(file)}})
         assert "convert --sidecar wrote" in failure or "not within the file bounds" in failure
+    absent = tmp_path / "absent.gguf"
+    (failure,) = run(PATCHED, {"run": "load", "model": llama, "load": {"sidecar": str(absent)}})
+    assert f"failed to open {absent}: No such file or directory" in failure
     (failure,) = run(PATCHED, {"run": "load", "model": llama_flp, "load": {"sidecar": str(tables)}})
     assert "tables of its own" in failure
 
