@@ -66,6 +66,7 @@ Seconds = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
 
 UNKNOWN, FASTER, SLOWER = "no difference that could be told", "faster", "slower"
+LIMITED = "faster; what is beyond the bound does not count"
 IMPOSSIBLE, BUSY = "noise, beyond what tables can gain", "no verdict, the machine was busy with other work"
 
 
@@ -419,7 +420,10 @@ def verdict(ratio: Ratio, bound: float) -> str:
         return SLOWER
     if ratio.low <= 1:
         return UNKNOWN
-    return FASTER if ratio.value <= bound else IMPOSSIBLE
+    if ratio.value <= bound:
+        return FASTER
+    # the measurement is wrong by so much at least
+    return LIMITED if ratio.low - (ratio.value - bound) > 1 else IMPOSSIBLE
 
 
 def ratio(loads: Sequence[Seconds]) -> Ratio:

@@ -29,6 +29,9 @@ from gguf_firstlayer.text import change_text, count, log, progress, size_text, t
 
 INTERRUPTED = ", nothing was written"
 
+# names of weights that people are told; `inspect` tells all
+LISTED = 4
+
 # of rows in F32, computed before they are written
 CHUNK_BYTES = 32 << 20
 
@@ -389,14 +392,11 @@ def summary(result: Conversion) -> str:
     what = "not loaded" if result.sidecar else "eliminated"
     before, after = size_text(result.source_bytes), size_text(result.output_bytes)
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
+    verb = "comes" if len(result.sites) == 1 else "come"
+    listed = ", ".join([*(weight.name for weight in result.elided[:LISTED]), *["..."][: len(result.elided) > LISTED]])
     lines = [
-        f"{names} of every token now come from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
-        f"{what}: {count(len(result.elided), 'weight')}, {size_text(eliminated)}"
-        + (
-            f" ({', '.join(weight.name for weight in result.elided)})"
-            if result.elided
-            else f" ({option('keep_weights', True)})"
-        ),
+        f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
+        f"{what}: {count(len(result.elided), 'weight')}, {size_text(eliminated)} ({listed or option('keep_weights', True)})",
         *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
         *(f"left out by {option('max_growth')}: {plan.describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),

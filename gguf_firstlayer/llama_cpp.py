@@ -38,10 +38,14 @@ def _prepare() -> None:
     load_backends()
 
 
-_prepare()
 if __name__ == "__main__":
+    try:
+        _prepare()
+    except FirstLayerError as err:
+        sys.exit(f"gguf-firstlayer: {err}")
     runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 else:
+    _prepare()
     import llama_cpp
 
     sys.modules[__name__] = llama_cpp

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import math
 import pydoc_data.topics
 import sys
@@ -34,7 +35,9 @@ END = "<|endoftext|>"
 def documents() -> list[str]:
     """The texts, in an order of their own."""
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    texts += [path.read_text(errors="replace") for path in sorted(Path("/usr/share/common-licenses").glob("*")) if path.is_file()]
+    texts += [
+        path.read_text(errors="replace") for path in sorted(Path("/usr/share/common-licenses").glob("*")) if path.is_file()
+    ]
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if {"test", "tests", "site-packages", "idle_test", "lib2to3"} & set(path.parts):
             continue
@@ -58,6 +61,7 @@ class Block(nn.Module):
         self.ffn_up, self.ffn_down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Of F32 [batch, tokens, WIDTH], with the cosines and sines of RoPE, F32 [tokens, size of a head]."""
         n_batch, n, _ = x.shape
         heads = self.attn_qkv(self.attn_norm(x)).view(n_batch, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
 
@@ -71,6 +75,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """All of it; names are those of GGUF."""
+
     def __init__(self) -> None:
         super().__init__()
         self.token_embd, self.blk = nn.Embedding(VOCABULARY, WIDTH), nn.ModuleList(Block() for _ in range(LAYERS))
@@ -81,6 +87,7 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * LAYERS if deep else 1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits F32 [batch, tokens, VOCABULARY] of token ids [batch, tokens]."""
         size = WIDTH // HEADS
         angles = torch.outer(torch.arange(tokens.shape[1]), 10000.0 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
         x, cos, sin = self.token_embd(tokens), angles.cos(), angles.sin()
@@ -108,7 +115,9 @@ def train(tokens: torch.Tensor, minutes: float) -> Model:
         step += 1
         if passed - shown > minutes / 50:
             shown = passed
-            print(f"{passed:.1f} minutes, {step * BATCH * CONTEXT:,} tokens, loss {loss.item():.3f}", file=sys.stderr, flush=True)
+            print(
+                f"{passed:.1f} minutes, {step * BATCH * CONTEXT:,} tokens, loss {loss.item():.3f}", file=sys.stderr, flush=True
+            )
     with torch.no_grad():
         held = tokens[split:][: (len(tokens) - split) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
         loss = functional.cross_entropy(model(held[:, :-1]).flatten(0, 1), held[:, 1:].flatten())
@@ -153,13 +162,12 @@ def write(model: Model, tokenizer: ByteLevelBPETokenizer, path: Path) -> None:
 
 def merges(tokenizer: ByteLevelBPETokenizer) -> list[str]:
     """Pairs of tokens that become one, in the order of their rank."""
-    import json
-
     found = json.loads(tokenizer.to_str())["model"]["merges"]
     return [" ".join(pair) if isinstance(pair, list) else pair for pair in found]
 
 
 def main() -> None:
+    """Train, and write the model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path("models/manuals.gguf"))
     parser.add_argument("--minutes", type=float, default=60)

@@ -91,6 +91,21 @@ def test_what_does_not_fit(before, reason):
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_its_server_says_what_is_wrong():
+    """A sentence, no traceback."""
+    code = (
+        "import importlib.metadata as m, runpy, sys\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "runpy.run_module('gguf_firstlayer.llama_cpp', run_name='__main__', alter_sys=True)"
+    )
+    done = python(code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gguf-firstlayer: llama-cpp-python is not installed: ")
+    assert "pip install --no-cache-dir llama-cpp-python==" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def server(module: str, model: Path, **environment: str) -> AbstractContextManager[openai.OpenAI]:
     """An OpenAI client of a server of the bindings."""
     options = ["--n_ctx", 256, "--n_threads", 1]

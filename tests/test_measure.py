@@ -23,6 +23,7 @@ from gguf_firstlayer.bench import (
     BUSY,
     FASTER,
     IMPOSSIBLE,
+    LIMITED,
     SLOWER,
     UNKNOWN,
     Load,
@@ -209,7 +210,7 @@ def test_intervals_hold_the_truth():
 
 
 def test_verdicts():
-    """No winner if the interval holds 1, and no gain beyond what is possible. The second and the third were seen."""
+    """No winner if the interval holds 1, and no gain beyond what is possible. The second to the fourth were seen."""
 
     def found(low: float, value: float, high: float, bound: float) -> str:
         return verdict(Ratio(value, low, high), bound)
@@ -217,6 +218,7 @@ def test_verdicts():
     assert found(0.98, 1.001, 1.02, 1.05) == UNKNOWN
     assert found(1.0091, 1.0168, 1.0239, 1.0036) == IMPOSSIBLE
     assert found(1.015, 1.157, 1.314, 1.036) == IMPOSSIBLE
+    assert found(1.0479, 1.0682, 1.0872, 1.0556) == LIMITED
     assert found(1.01, 1.03, 1.05, 1.036) == FASTER
     assert found(0.93, 0.95, 0.97, 1.036) == SLOWER
     assert found(0.99, 1.2, 1.4, 1.036) == UNKNOWN

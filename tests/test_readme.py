@@ -1,0 +1,84 @@
+"""What README.md shows is what happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATCHED, ROOT, STOCK
+
+from gguf_firstlayer import bench
+from gguf_firstlayer.bench import BUSY, FASTER, IMPOSSIBLE, LIMITED, SLOWER, UNKNOWN, summary
+
+README = (ROOT / "README.md").read_text()
+VERDICTS = "|".join(map(re.escape, (BUSY, FASTER, IMPOSSIBLE, LIMITED, SLOWER, UNKNOWN)))
+
+
+def transcript() -> dict[str, list[str]]:
+    """The commands on the first screen, and what they print."""
+    shown: dict[str, list[str]] = {}
+    for line in README.partition("\n## ")[0].splitlines():
+        if line.startswith("    $ "):
+            printed = shown.setdefault(line.removeprefix("    $ "), [])
+        elif line.startswith("    "):
+            printed.append(line.removeprefix("    "))
+    return shown
+
+
+@pytest.fixture(scope="module")
+def pythia(tmp_path_factory) -> Path:
+    """The folder above that of the model on the first screen."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "models").mkdir()
+    command = [sys.executable, ROOT / "tests" / "catalogue.py", "pythia-160m", "models/pythia-160m.gguf", "Q8_0"]
+    subprocess.run(command, cwd=folder, env=os.environ | {"LLAMA_CPP_LIB_PATH": str(PATCHED)}, check=True, capture_output=True)
+    return folder
+
+
+def test_transcript(pythia, monkeypatch):
+    """Sizes and bounds to the last digit; of what is measured, the form."""
+    (plan, planned), (convert, converted), (measure, measured) = transcript().items()
+    monkeypatch.chdir(pythia)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert subprocess.run(["bash", "-c", plan], capture_output=True, text=True, check=True).stdout.splitlines() == planned
+    done = subprocess.run(shlex.split(convert), capture_output=True, text=True, check=True)
+    said = (done.stderr + done.stdout).splitlines()
+    assert [line for line in said if not line.startswith("tables: ")] == converted  # that is a bar at a terminal
+
+    words = shlex.split(measure.partition(" | ")[0])
+    assert words[:2] + words[4:] == ["gguf-firstlayer", "bench", "--batch", "1,128"]
+    result = bench(*words[2:4], batches=(1, 128), resources=False, loads=2, seconds=1)
+
+    def form(lines: list[str]) -> list[str]:
+        text = re.sub(VERDICTS, "VERDICT", "\n".join(lines))
+        text = re.sub(r", \d+% of its gain realised", "", text)
+        bounds = re.findall(r"bound by the plan [\d.]+", text)
+        return [
+            *re.sub(r"\d+(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
+            *bounds,
+        ]
+
+    assert form(summary(result).splitlines()) == form(measured)
+
+
+def test_langchain(smollm, smollm_flp):
+    """The README's three lines. Oracle: the same with the stock library and the source."""
+    code = re.search(r"    (import gguf_firstlayer.llama_cpp .*\n)    (from langchain.*\n)    llm = (.*)\n", README)
+    assert code
+    ask = code[3].replace('"model-flp.gguf"', "sys.argv[1], temperature=0, max_tokens=16, n_ctx=256, verbose=False")
+    program = f"import sys\n{code[1]}{code[2]}print({ask}.invoke('The capital of France is'))"
+    stock = program.replace("gguf_firstlayer.llama_cpp", "llama_cpp")
+    texts = []
+    for text, model, library in ((program, smollm_flp["f32"], PATCHED), (stock, smollm, STOCK)):
+        command = [sys.executable, "-W", "ignore", "-c", text, model]
+        environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(library)} if library == STOCK else {})
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert "Paris" in texts[0]
+    assert texts[0] == texts[1]
