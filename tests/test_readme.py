@@ -16,7 +16,7 @@ from gguf_firstlayer import bench
 from gguf_firstlayer.bench import BUSY, FASTER, IMPOSSIBLE, LIMITED, SLOWER, UNKNOWN, summary
 
 README = (ROOT / "README.md").read_text()
-VERDICTS = "|".join(map(re.escape, (BUSY, FASTER, IMPOSSIBLE, LIMITED, SLOWER, UNKNOWN)))
+VERDICTS = "|".join(map(re.escape, (BUSY, LIMITED, FASTER, IMPOSSIBLE, SLOWER, UNKNOWN)))  # the longer of two comes first
 
 
 def transcript() -> dict[str, list[str]]:
