@@ -284,7 +284,7 @@ def adapted(job):
 
 def uses(job):
     """What a loaded model says of its sites: (name, width, table, column, used)."""
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     library, site, results = llama_cpp.llama_cpp._lib, _CSite(), []
     handle = ctypes.c_void_p(model.model)
     for i in range(library.llama_model_firstlayer_n_sites(handle)):
