@@ -93,10 +93,6 @@ struct flow_network {
 
 }  // namespace
 
-static bool is_copy_op(const ggml_tensor * t) {
-    return t->op == GGML_OP_CONT || t->op == GGML_OP_CPY || t->op == GGML_OP_DUP;
-}
-
 // bytes of constants that a row-pure node reads for one token
 int64_t llama_firstlayer_walk::bytes_read(const ggml_tensor * t) const {
     int64_t res = 0;
@@ -147,7 +143,8 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
 
         // in units of 1/(4*MEMORY_PER_BYTE) bytes per token; the last bits prefer a row to views of all its parts, and
         // those to copies, which depend on what the attention wants
-        const int64_t move = is_layout_op(t) ? 1 : is_copy_op(t) ? 2 : 0;
+        const auto &  op   = llama_firstlayer_get_op(t);
+        const int64_t move = op.is(LLAMA_FIRSTLAYER_OP_LAYOUT) ? 1 : op.is(LLAMA_FIRSTLAYER_OP_COPY) ? 2 : 0;
         const int64_t row  = 4 * width(t) * (MEMORY_PER_BYTE + n_vocab) + move;
         net.add(source, is_computed(i), first_product ? COST_FIRST_PRODUCT : 4 * MEMORY_PER_BYTE * bytes_read(t));
         net.add(is_computed(i), is_needed(i), can_be_site(t) ? row : COST_INFINITE);

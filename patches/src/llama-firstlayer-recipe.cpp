@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstring>
+#include <iterator>
 #include <locale>
 #include <sstream>
 
@@ -37,42 +38,6 @@ static const std::string & print_float(int32_t bits) {
         }
     }
     return res;
-}
-
-// names of the parameters of an operation, in the order of their words; a trailing ':f' marks a float
-static std::vector<const char *> param_names(const ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_NORM:
-        case GGML_OP_RMS_NORM:
-        case GGML_OP_L2_NORM:
-            return { "eps:f" };
-        case GGML_OP_SCALE:
-            return { "scale:f", "bias:f" };
-        case GGML_OP_CLAMP:
-            return { "min:f", "max:f" };
-        case GGML_OP_SOFT_MAX:
-            return { "scale:f", "max_bias:f" };
-        case GGML_OP_LEAKY_RELU:
-            return { "slope:f" };
-        case GGML_OP_ARGSORT:
-            return { "order" };
-        case GGML_OP_CONCAT:
-            return { "dim" };
-        case GGML_OP_MUL_MAT:
-        case GGML_OP_MUL_MAT_ID:
-            // the precision of the activations is a policy that comes with the weight, not part of the expression
-            return { "prec", "hint", nullptr, nullptr };
-        case GGML_OP_UNARY:
-            return { nullptr, "p1:f", "p2:f", "p3:f", "p4:f" };  // xielu has four
-        case GGML_OP_DSV4_HC_PRE:
-            return { "scale:f", "gated" };
-        case GGML_OP_DSV4_HC_COMB:
-            return { "eps:f", "n_iter" };
-        case GGML_OP_GLU:
-            return { nullptr, "swapped", "alpha:f", "limit:f" };
-        default:
-            return {};
-    }
 }
 
 static std::string print_list(const std::vector<std::string> & list) {
@@ -118,7 +83,7 @@ std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
 }
 
 std::string llama_firstlayer_walk::op_name(const ggml_tensor * t) {
-    std::string res = t->op == GGML_OP_CPY ? "cast" : ggml_op_desc(t);
+    std::string res = llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_PRINTS_TYPE) ? "cast" : ggml_op_desc(t);
     std::transform(res.begin(), res.end(), res.begin(), [](unsigned char c) { return std::tolower(c); });
     return res;
 }
@@ -142,37 +107,24 @@ void llama_firstlayer_walk::print(const ggml_tensor *                           
         out += "$" + std::to_string(n_labels) + ":=";
     }
 
+    const auto &             op = llama_firstlayer_get_op(t);
     std::vector<std::string> params;
-    switch (t->op) {
-        case GGML_OP_RESHAPE:
-        case GGML_OP_VIEW:
-        case GGML_OP_CONT:
-        case GGML_OP_REPEAT:
-        case GGML_OP_TOP_K:
-            params.push_back(shape(t));
-            break;
-        case GGML_OP_CPY:
-            params.push_back(ggml_type_name(t->type));
-            break;
-        default:
-            {
-                const auto names = param_names(t);
-                for (size_t i = 0; i < GGML_MAX_OP_PARAMS / sizeof(int32_t); ++i) {
-                    if (t->op_params[i] == 0) {
-                        continue;
-                    }
-                    const std::string key = i < names.size() ? (names[i] ? names[i] : "") : "p" + std::to_string(i);
-                    if (key.empty()) {
-                        continue;
-                    }
-                    const size_t colon = key.find(':');
-                    if (colon == std::string::npos) {
-                        params.push_back(key + "=" + std::to_string(t->op_params[i]));
-                    } else {
-                        params.push_back(key.substr(0, colon) + "=" + print_float(t->op_params[i]));
-                    }
-                }
+    if (op.is(LLAMA_FIRSTLAYER_OP_PRINTS_SHAPE)) {
+        params.push_back(shape(t));
+    } else if (op.is(LLAMA_FIRSTLAYER_OP_PRINTS_TYPE)) {
+        params.push_back(ggml_type_name(t->type));
+    } else {
+        for (size_t i = 0; i < GGML_MAX_OP_PARAMS / sizeof(int32_t); ++i) {
+            const char * name = i < std::size(op.params) ? op.params[i] : nullptr;
+            if (t->op_params[i] == 0 || (name && !*name)) {
+                continue;
             }
+            const std::string key   = name ? name : "p" + std::to_string(i);
+            const size_t      colon = key.find(':');
+            params.push_back(
+                key.substr(0, colon) + "=" +
+                (colon == std::string::npos ? std::to_string(t->op_params[i]) : print_float(t->op_params[i])));
+        }
     }
 
     out += op_name(t);

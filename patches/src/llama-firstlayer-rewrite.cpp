@@ -7,25 +7,10 @@
 // rewrite
 //
 
-// operations that read rows with gaps between them, on every backend
+// whether a node reads rows with gaps between them: one that works in place would need new strides itself
 static bool takes_strided_rows(const ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_CPY:
-        case GGML_OP_SET_ROWS:
-            return true;
-        case GGML_OP_ROPE:
-        case GGML_OP_NORM:
-        case GGML_OP_RMS_NORM:
-        case GGML_OP_ADD:
-        case GGML_OP_SUB:
-        case GGML_OP_MUL:
-        case GGML_OP_DIV:
-        case GGML_OP_CONT:
-        case GGML_OP_CONCAT:
-            return !t->view_src;  // one that works in place would need new strides itself
-        default:
-            return false;
-    }
+    const auto & op = llama_firstlayer_get_op(t);
+    return op.is(LLAMA_FIRSTLAYER_OP_READS_GAPS) && (!t->view_src || op.is(LLAMA_FIRSTLAYER_OP_HAS_TARGET));
 }
 
 void llama_firstlayer_walk::row_strides(const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const {

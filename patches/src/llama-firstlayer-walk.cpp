@@ -6,19 +6,6 @@
 #include <algorithm>
 #include <set>
 
-bool llama_firstlayer_walk::is_layout_op(const ggml_tensor * t) {
-    return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
-}
-
-static bool is_product_op(const ggml_tensor * t) {
-    return t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID;
-}
-
-// axes of size 1 hold no second element to mix up, whatever they are counted as
-static bool spans(const ggml_tensor * t, uint8_t axes, int d) {
-    return (axes >> d & 1) && t->ne[d] > 1;
-}
-
 //
 // classification
 //
@@ -132,9 +119,9 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
         return res;
     }
 
-    res.product = res.product || is_product_op(t);
+    res.product = res.product || llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_PRODUCT);
 
-    const bool ok = is_layout_op(t) ? classify_layout(t, res) : classify_pure(t, res);
+    const bool ok = is_layout_op(t) ? classify_layout(t, res) : classify_row_wise(t, res);
     if (!ok) {
         return info();
     }
@@ -168,178 +155,24 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
     return n == n_tokens ? res : info();
 }
 
-// the operations that compute a row of the result from the same row of their operands
-bool llama_firstlayer_walk::classify_pure(const ggml_tensor * t, info & res) const {
-    const ggml_tensor * a = t->src[0];
-    const ggml_tensor * b = t->src[1];
-    const ggml_tensor * c = t->src[2];
-
-    const info & ia = get(a);
-
-    res.axes = ia.axes;
-
-    // the axes along which the tokens of x extend, one axis up: what looking x up in a constant results in
-    const auto shifted = [&](const ggml_tensor * x) -> uint8_t {
-        return get(x).axes << 1 & 0xf;
-    };
-
-    const auto same_axes = [&](const ggml_tensor * x, const ggml_tensor * y) {
-        bool same = get(x).kind == KIND_PURE && get(y).kind == KIND_PURE;
-        for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-            same = same && spans(x, get(x).axes, d) == spans(y, get(y).axes, d);
-        }
-        return same;
-    };
-
-    switch (t->op) {
-        case GGML_OP_SQR:
-        case GGML_OP_SQRT:
-        case GGML_OP_LOG:
-        case GGML_OP_SIN:
-        case GGML_OP_COS:
-        case GGML_OP_SCALE:
-        case GGML_OP_CLAMP:
-        case GGML_OP_LEAKY_RELU:
-        case GGML_OP_UNARY:
-        case GGML_OP_DUP:
-            return true;
-
-        case GGML_OP_CPY:
-            return ggml_are_same_shape(a, t);
-
-        case GGML_OP_CONT:
-            {
-                if (ggml_are_same_shape(a, t)) {
-                    return true;
-                }
-                // a reshape as well: the values of a token stay together unless an axis of theirs is above the tokens'
-                size_t width = 1;
-                bool   above = false;
-                for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-                    above = above || spans(a, ia.axes, d);
-                    if (!(ia.axes >> d & 1)) {
-                        if (above && a->ne[d] > 1) {
-                            return false;
-                        }
-                        width *= a->ne[d];
-                    }
-                }
-                res.axes = 0;
-                for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-                    res.axes |= t->nb[d] >= width * t->nb[0] ? 1 << d : 0;
-                }
-                return is_packed(t, res.axes, width * t->nb[0], 0);
-            }
-
-        case GGML_OP_NORM:
-        case GGML_OP_RMS_NORM:
-        case GGML_OP_L2_NORM:
-        case GGML_OP_SUM_ROWS:
-        case GGML_OP_MEAN:
-        case GGML_OP_CUMSUM:
-        case GGML_OP_ARGSORT:
-        case GGML_OP_TOP_K:
-            res.axes &= 0xe;
-            return !spans(a, ia.axes, 0);
-
-        case GGML_OP_SOFT_MAX:
-            res.axes &= 0xe;
-            return !spans(a, ia.axes, 0) && b == nullptr && c == nullptr;
-
-        case GGML_OP_GLU:
-            res.axes &= 0xe;
-            return !spans(a, ia.axes, 0) && (b == nullptr || same_axes(a, b));
-
-        case GGML_OP_ADD:
-        case GGML_OP_SUB:
-        case GGML_OP_MUL:
-        case GGML_OP_DIV:
-            {
-                if (ia.kind != KIND_PURE) {
-                    // a constant that spans the tokens would have to be as long as the batch
-                    return false;
-                }
-                const info & ib = get(b);
-                for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-                    const bool ta = ia.axes >> d & 1;
-                    const bool tb = ib.kind == KIND_PURE && (ib.axes >> d & 1);
-                    if (ib.kind == KIND_CONSTANT ? ta && b->ne[d] != 1 :
-                        ta                       ? b->ne[d] != a->ne[d] || (!tb && b->ne[d] > 1) :
-                                                   tb && b->ne[d] != 1) {
-                        return false;
-                    }
-                }
-                return true;
-            }
-
-        case GGML_OP_MUL_MAT:
-            {
-                // a matrix for each token, or the same ones for all: a stack of them must not be spread over the tokens
-                const bool    own    = ia.kind == KIND_PURE;
-                const uint8_t tokens = get(b).axes;
-                for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-                    const bool wrong = d < 2 ? own || d == 0 : own ? b->ne[d] != a->ne[d] : a->ne[d] > 1;
-                    if (spans(b, tokens, d) && wrong) {
-                        return false;
-                    }
-                }
-                res.axes = tokens & 0xe;
-                return get(b).kind == KIND_PURE && (!own || same_axes(a, b));
-            }
-
-        case GGML_OP_MUL_MAT_ID:  // [m, n_used, n_tokens] = as [k, m, n_expert], b [k, 1 or n_used, n_tokens], ids [n_used, n_tokens]
-            res.axes = get(b).axes & 0xc;
-            return ia.kind == KIND_CONSTANT && get(b).kind == KIND_PURE && get(c).kind == KIND_PURE &&
-                   !spans(b, get(b).axes, 0) && !spans(b, get(b).axes, 1) && !spans(c, get(c).axes, 0);
-
-        case GGML_OP_ADD_ID:  // a [m, n_used, n_tokens], b [m, n_expert], ids [n_used, n_tokens]
-            res.axes &= 0xc;
-            return ia.kind == KIND_PURE && get(b).kind == KIND_CONSTANT && get(c).kind == KIND_PURE &&
-                   !spans(a, ia.axes, 0) && !spans(a, ia.axes, 1) && !spans(c, get(c).axes, 0);
-
-        case GGML_OP_GET_ROWS:
-            if (get(b).kind != KIND_PURE) {
-                return false;
-            }
-            res.axes = shifted(b);
-            if (ia.kind == KIND_CONSTANT) {
-                return a->ne[2] == 1 && a->ne[3] == 1;
-            }
-            // a [m, n, n_tokens], b [n_used, n_tokens]: every token picks from its own rows
-            return !spans(a, ia.axes, 0) && !spans(a, ia.axes, 1) && !spans(b, get(b).axes, 0);
-
-        case GGML_OP_CONCAT:
-            {
-                const int dim = t->op_params[0];
-                res.axes      = ia.axes & get(b).axes & ~(1 << dim);
-                return same_axes(a, b) && !spans(a, ia.axes, dim) && !spans(b, get(b).axes, dim);
-            }
-
-        case GGML_OP_DSV4_HC_PRE:  // a [m, n, n_tokens], b [n, n_tokens] or of a's shape
-            res.axes = (ia.axes & 0xc) >> 1;
-            return ia.kind == KIND_PURE && get(b).kind == KIND_PURE && !spans(a, ia.axes, 0) && !spans(a, ia.axes, 1) &&
-                   !spans(b, get(b).axes, 0) && spans(a, ia.axes, 2) == spans(b, get(b).axes, t->op_params[1] ? 2 : 1);
-
-        case GGML_OP_DSV4_HC_COMB:  // [n, n, n_tokens] = a [m, n_tokens]
-            res.axes = shifted(a) & 0xc;
-            return ia.kind == KIND_PURE && get(b).kind == KIND_CONSTANT && get(c).kind == KIND_CONSTANT &&
-                   !spans(a, ia.axes, 0);
-
-        case GGML_OP_REPEAT:
-        case GGML_OP_PAD:
-            for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-                if (t->ne[d] != a->ne[d]) {
-                    if (spans(a, ia.axes, d)) {
-                        return false;
-                    }
-                    res.axes &= ~(1 << d);
-                }
-            }
-            return true;
-
-        default:
-            return false;
+llama_firstlayer_operand llama_firstlayer_walk::operand(const ggml_tensor * t) const {
+    if (!t) {
+        return {};
     }
+    const info & cur = get(t);
+    return { t, cur.kind == KIND_PURE, cur.kind == KIND_CONSTANT, cur.axes };
+}
+
+// the operations that compute a row of the result from the same row of their operands
+bool llama_firstlayer_walk::classify_row_wise(const ggml_tensor * t, info & res) const {
+    const auto rule = llama_firstlayer_get_op(t).axis_rule;
+    if (!rule) {
+        return false;
+    }
+    const llama_firstlayer_operand src[] = { operand(t->src[0]), operand(t->src[1]), operand(t->src[2]) };
+
+    res.axes = src[0].axes;
+    return rule(t, src, res.axes);
 }
 
 // Layout operations move no data. Where the values of a token lie together, the token axes of the result are those whose
@@ -353,7 +186,7 @@ bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) c
             res.axes |= t->nb[d] >= ia.stride ? 1 << d : 0;
         }
         res.stride = ia.stride;
-        return is_packed(t, res.axes, ia.stride, t->view_offs);
+        return llama_firstlayer_is_packed(t, res.axes, ia.stride, t->view_offs, n_tokens);
     }
 
     // axis of the operand that each axis of the result is, -1 for none
@@ -425,28 +258,6 @@ bool llama_firstlayer_walk::map_view(const ggml_tensor * t,
     return offset == 0;
 }
 
-// whether a view holds all tokens in their order, and nothing that crosses from one token to the next
-bool llama_firstlayer_walk::is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset) const {
-    size_t next = stride;
-    size_t last = offset + ggml_type_size(t->type);
-
-    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-        if (t->ne[d] == 1) {
-            continue;
-        }
-        if (axes >> d & 1) {
-            if (t->nb[d] != next) {
-                return false;
-            }
-            next *= t->ne[d];
-        } else {
-            last += (t->ne[d] - 1) * t->nb[d];
-        }
-    }
-
-    return last <= stride && next == stride * n_tokens;
-}
-
 //
 // sites
 //
@@ -455,7 +266,7 @@ bool llama_firstlayer_walk::can_be_site(const ggml_tensor * t) const {
     const info & cur = get(t);
     // the values of a token must be the ones along axis 0
     return cur.kind == KIND_PURE && cur.product && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
-           !spans(t, cur.axes, 0);
+           !operand(t).spans(0);
 }
 
 std::string llama_firstlayer_walk::hint(const std::string & recipe, int64_t width) {
@@ -551,15 +362,19 @@ llama_firstlayer_walk::use llama_firstlayer_walk::make_use(const ggml_tensor * t
     const ggml_tensor * src = t->src[i_src];
 
     use res = { t, src, 1, 1, 0 };
-    if (t->op == GGML_OP_GET_ROWS && i_src == 0) {
+    if (i_src > 0) {
+        return res;
+    }
+    const auto & op = llama_firstlayer_get_op(t);
+    if (op.is(LLAMA_FIRSTLAYER_OP_PICKS_ROWS)) {
         res.n_slices = ggml_nrows(src);
         res.n_used   = std::max<int64_t>(1, ggml_nelements(t->src[1]) / n_tokens);
     }
-    if (t->op == GGML_OP_MUL_MAT_ID && i_src == 0) {
+    if (op.is(LLAMA_FIRSTLAYER_OP_PICKS_EXPERT)) {
         res.n_slices = src->ne[2];
         res.n_used   = t->src[2]->ne[0];
     }
-    if ((t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) && i_src == 0) {
+    if (op.is(LLAMA_FIRSTLAYER_OP_PRODUCT)) {
         res.multiply_adds = src->ne[0] * ggml_nelements(t);
     }
     return res;

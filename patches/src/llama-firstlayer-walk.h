@@ -1,6 +1,7 @@
 #pragma once
 
 #include "ggml.h"
+#include "llama-firstlayer-ops.h"
 
 #include <cstdint>
 #include <string>
@@ -93,14 +94,17 @@ struct llama_firstlayer_walk {
         size_t  stride  = 0;      // bytes between tokens if the values of a token lie together in memory, 0 otherwise
     };
 
-    const info & get(const ggml_tensor * t) const;
+    const info &             get(const ggml_tensor * t) const;
+    llama_firstlayer_operand operand(const ggml_tensor * t) const;
 
-    static bool is_layout_op(const ggml_tensor * t);
+    static bool is_layout_op(const ggml_tensor * t) {
+        return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
+    }
 
     static tensor_set reach(std::vector<const ggml_tensor *> stack, const tensor_set & cut);
 
     info classify(const ggml_tensor * t) const;
-    bool classify_pure(const ggml_tensor * t, info & res) const;
+    bool classify_row_wise(const ggml_tensor * t, info & res) const;
     bool classify_layout(const ggml_tensor * t, info & res) const;
 
     // a view that selects a range of each axis: result axis to axis of the base (-1 for none), and the first index selected
@@ -108,8 +112,6 @@ struct llama_firstlayer_walk {
                          const ggml_tensor * base,
                          int                 axis[GGML_MAX_DIMS],
                          int64_t             first[GGML_MAX_DIMS]);
-
-    bool is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset) const;
 
     // strides for the rows of a site, and the translation of a layout operation on the site to them
     void row_strides(const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const;
