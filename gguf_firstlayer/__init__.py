@@ -3,11 +3,13 @@
 import gguf_firstlayer.start  # noqa: F401 (first, as it cares for what the others import)
 from gguf_firstlayer.bench import Bench, bench
 from gguf_firstlayer.convert import Conversion, convert
+from gguf_firstlayer.cost import Plan
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.inspect import Inspection, inspect
-from gguf_firstlayer.paths import paths
-from gguf_firstlayer.plan import Plan, Shape, plan
+from gguf_firstlayer.installation import paths
+from gguf_firstlayer.plan import plan
 from gguf_firstlayer.revert import Reversion, revert
+from gguf_firstlayer.shape import Shape
 from gguf_firstlayer.verify import Verification, verify
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import shtab
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
-from gguf_firstlayer.paths import build
+from gguf_firstlayer.installation import build
 from gguf_firstlayer.start import STOPPING
 from gguf_firstlayer.text import log
 

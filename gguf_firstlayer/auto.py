@@ -12,20 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from gguf_firstlayer import tables as tab
+from gguf_firstlayer import file_format
+from gguf_firstlayer.decoder import InMemoryDecoder
+from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, Site, Trial, library
+from gguf_firstlayer.runtime import Analysis, Site, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, progress
 
-Kinds = dict[Site, GGMLQuantizationType]
-Rows = npt.NDArray[np.float32]
+SiteTypes = dict[Site, GGMLQuantizationType]
 
 SAMPLE = Path(__file__).with_name("sample.txt")
 N_TOKENS = 512
 
 # Types of codebooks are left out: they are made for importance matrices, and slow to quantize to
-CANDIDATES = [kind for name, kind in tab.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
+CANDIDATES = [kind for name, kind in file_format.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
 
 # KL divergence grows with the square of a small error, and the model's own noise does not. So errors are measured
 # enlarged, which sets them apart from it.
@@ -54,19 +55,6 @@ class _Outcome:
     @property
     def kld(self) -> float:
         return max(0.0, float(self.klds.mean()))  # rounding may leave less than nothing
-
-
-def log_softmax(logits: Rows) -> Rows:
-    """Logarithms of the probabilities that logits stand for, F32 [n, vocabulary]."""
-    shifted: Rows = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
-
-
-def kl_divergence(p: Rows, q: Rows) -> npt.NDArray[np.float64]:
-    """KL divergence of each row of q from p in nats, both logarithms of probabilities, F32 [n, vocabulary]."""
-    divergence: npt.NDArray[np.float64] = np.einsum("ij,ij->i", np.exp(p), p - q, dtype=np.float64)
-    return divergence
 
 
 def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
@@ -107,11 +95,11 @@ class Effects:
         widths = [site.width for site in analysis.sites]
         rows = analysis.rows(self.ids)
         self.exact: dict[Site, Rows] = dict(zip(analysis.sites, np.split(rows, np.cumsum(widths)[:-1], axis=1), strict=True))
-        columns = np.cumsum([0] + [tab.padded(width) for width in widths])
+        columns = np.cumsum([0] + [file_format.padded(width) for width in widths])
         self._columns = dict(zip(analysis.sites, columns.tolist(), strict=False))
 
         self._reference: list[Rows] = []
-        self._trial = Trial(path, analysis, len(self.tokens))
+        self._trial = InMemoryDecoder(path, analysis, len(self.tokens))
         self._progress = progress(f"measuring on {count(len(self.tokens), 'token')}", 1 + N_JITTER + n_measured, "run")
         try:
             self.perplexity = self.measure({}).perplexity
@@ -196,16 +184,16 @@ def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
     return tokens[:N_TOKENS]
 
 
-def table_errors(effects: Effects, kinds: Mapping[Site, GGMLQuantizationType]) -> dict[Site, Rows]:
+def table_errors(effects: Effects, site_types: Mapping[Site, GGMLQuantizationType]) -> dict[Site, Rows]:
     """Errors of the rows in tables of given types."""
-    return {site: round_trip(effects.exact[site], kind) - effects.exact[site] for site, kind in kinds.items()}
+    return {site: round_trip(effects.exact[site], kind) - effects.exact[site] for site, kind in site_types.items()}
 
 
-def measure(effects: Effects, kinds: Mapping[Site, GGMLQuantizationType], max_kld: float) -> tab.Measurement:
+def measure(effects: Effects, site_types: Mapping[Site, GGMLQuantizationType], max_kld: float) -> file_format.Measurement:
     """What tables of given types do to the output."""
-    errors = table_errors(effects, kinds)
+    errors = table_errors(effects, site_types)
     plain = effects.measure(errors)
-    return tab.Measurement(
+    return file_format.Measurement(
         len(effects.tokens),
         max_kld,
         plain.kld,
@@ -231,13 +219,17 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
     exact = effects.exact[site]
     errors: dict[GGMLQuantizationType, tuple[int, float, Rows]] = {}
     for kind in CANDIDATES:
-        if tab.fitting(kind, site.width) != kind:
+        if file_format.fitting(kind, site.width) != kind:
             continue
         try:
             error = round_trip(exact, kind) - exact
         except (NotImplementedError, FirstLayerError):
             continue
-        errors[kind] = (tab.Table("", kind, tab.padded(site.width), 1).row_bytes, effects.relative_error(site, error), error)
+        errors[kind] = (
+            file_format.Table("", kind, file_format.padded(site.width), 1).row_bytes,
+            effects.relative_error(site, error),
+            error,
+        )
 
     # the sensitivity of the output to this site, by the errors of a narrow type, made larger or smaller
     probe = min((entry for entry in errors.values() if entry[1] > 0), key=lambda entry: abs(entry[1] - PROBE), default=None)
@@ -258,17 +250,20 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
     return ladder
 
 
-def types(sites: Sequence[Site]) -> tuple[Kinds, Kinds, Kinds]:
+def types(sites: Sequence[Site]) -> tuple[SiteTypes, SiteTypes, SiteTypes]:
     """The types that sites have if nothing is measured, those of the smallest tables that a measurement may choose, and F32."""
-    fitting = {site: [kind for kind in CANDIDATES if tab.fitting(kind, site.width) == kind] for site in sites}
+    fitting = {site: [kind for kind in CANDIDATES if file_format.fitting(kind, site.width) == kind] for site in sites}
     return (
-        {site: tab.fitting(GGMLQuantizationType.Q8_0, site.width) for site in sites},
-        {site: min(kinds, key=lambda kind: tab.Table("", kind, site.width, 1).row_bytes) for site, kinds in fitting.items()},
+        {site: file_format.fitting(GGMLQuantizationType.Q8_0, site.width) for site in sites},
+        {
+            site: min(site_types, key=lambda kind: file_format.Table("", kind, site.width, 1).row_bytes)
+            for site, site_types in fitting.items()
+        },
         dict.fromkeys(sites, GGMLQuantizationType.F32),
     )
 
 
-def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, tab.Measurement | None, str]:
+def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes, file_format.Measurement | None, str]:
     """The types of the smallest tables whose part in the KL divergence is within a bound.
 
     Returns:
@@ -286,40 +281,40 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[Kinds, ta
         return default, None, str(err)
 
 
-def search(effects: Effects, max_kld: float) -> tuple[Kinds, tab.Measurement]:
+def search(effects: Effects, max_kld: float) -> tuple[SiteTypes, file_format.Measurement]:
     """The types of the smallest tables whose part in the KL divergence is within a bound, and their measurement."""
     ladders = {site: _ladder(effects, site) for site in effects.exact}
 
-    def predicted(kinds: Kinds) -> float:
-        return sum(step.kld for site in ladders for step in ladders[site] if step.kind == kinds[site])
+    def predicted(site_types: SiteTypes) -> float:
+        return sum(step.kld for site in ladders for step in ladders[site] if step.kind == site_types[site])
 
-    def measured(kinds: Kinds) -> float:
-        return sum(effects.rise(table_errors(effects, kinds), ENLARGED))
+    def measured(site_types: SiteTypes) -> float:
+        return sum(effects.rise(table_errors(effects, site_types), ENLARGED))
 
     scale = 1.0
     while True:
-        kinds = _cheapest(ladders, max_kld / scale)
-        rise = measured(kinds)
+        site_types = _cheapest(ladders, max_kld / scale)
+        rise = measured(site_types)
         if rise <= max_kld:
             break
-        scale = rise / predicted(kinds)  # by so much was that too low
+        scale = rise / predicted(site_types)  # by so much was that too low
 
     # for some site it may be too high: one step down for each for which that is likely, the widest first
     for site in sorted(ladders, key=lambda site: site.width, reverse=True):
-        place = [step.kind for step in ladders[site]].index(kinds[site])
-        lower = kinds | {site: ladders[site][max(0, place - 1)].kind}
-        if lower != kinds and predicted(lower) <= UNCERTAIN * max_kld and measured(lower) <= max_kld:
-            kinds = lower
-    return kinds, measure(effects, kinds, max_kld)
+        place = [step.kind for step in ladders[site]].index(site_types[site])
+        lower = site_types | {site: ladders[site][max(0, place - 1)].kind}
+        if lower != site_types and predicted(lower) <= UNCERTAIN * max_kld and measured(lower) <= max_kld:
+            site_types = lower
+    return site_types, measure(effects, site_types, max_kld)
 
 
-def measure_again(model: Source, analysis: Analysis, kinds: Kinds, max_kld: float) -> tab.Measurement:
+def measure_again(model: Source, analysis: Analysis, site_types: SiteTypes, max_kld: float) -> file_format.Measurement:
     """The measurement of some of the sites' tables."""
     with Effects(model.path, analysis) as effects:
-        return measure(effects, kinds, max_kld)
+        return measure(effects, site_types, max_kld)
 
 
-def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unmeasured: str) -> list[str]:
+def describe(types: Mapping[str, str], measurement: file_format.Measurement | None, unmeasured: str) -> list[str]:
     """What was chosen by measurement, and its effect, as people read it; types by names of sites."""
     if unmeasured:
         return [f"types were not measured: {unmeasured}"]
@@ -336,14 +331,14 @@ def describe(types: Mapping[str, str], measurement: tab.Measurement | None, unme
     ]
 
 
-def _cheapest(ladders: Mapping[Site, Sequence[_Step]], bound: float) -> Kinds:
+def _cheapest(ladders: Mapping[Site, Sequence[_Step]], bound: float) -> SiteTypes:
     """Types of the least total size whose expected KL divergence is within a bound."""
     # combinations for the first sites that no other beats in both size and divergence
-    front: list[tuple[int, float, Kinds]] = [(0, 0.0, {})]
+    front: list[tuple[int, float, SiteTypes]] = [(0, 0.0, {})]
     for site, ladder in ladders.items():
         longer = [
-            (size + step.row_bytes, kld + step.kld, kinds | {site: step.kind})
-            for size, kld, kinds in front
+            (size + step.row_bytes, kld + step.kld, site_types | {site: step.kind})
+            for size, kld, site_types in front
             for step in ladder
             if kld + step.kld <= bound
         ]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_firstlayer import tables as tab
+from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import describe
 from gguf_firstlayer.runtime import Site, analyse
 from gguf_firstlayer.source import Source
@@ -22,7 +22,7 @@ class Inspection:
         path, architecture, file_bytes: of the file; of all parts of a split model
         converted: whether it holds tables
         sidecar: whether it holds nothing else
-        sites: `tables.Placed` in a converted file, `runtime.Site` in a plain model
+        sites: `tables.StoredSite` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
         elided: weights that a converted file does not hold
         measurement: that the types of the tables were chosen by, if they were
@@ -35,10 +35,10 @@ class Inspection:
     file_bytes: int
     converted: bool
     sidecar: bool
-    sites: list[tab.Placed] | list[Site]
-    tables: list[tab.Table]
-    elided: list[tab.Elided]
-    measurement: tab.Measurement | None
+    sites: list[file_format.StoredSite] | list[Site]
+    tables: list[file_format.Table]
+    elided: list[file_format.Elided]
+    measurement: file_format.Measurement | None
     elidable: list[str]
     blocker: str
 
@@ -52,9 +52,9 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     path = Path(path)
     source = Source(path)
     architecture, file_bytes = source.architecture, source.bytes
-    sites, tables, elided = tab.read(source)
+    sites, tables, elided = file_format.read(source)
     if sites:
-        sidecar, measurement = tab.is_sidecar(source), tab.read_measurement(source)
+        sidecar, measurement = file_format.is_sidecar(source), file_format.read_measurement(source)
         return Inspection(path, architecture, file_bytes, True, sidecar, sites, tables, elided, measurement, [], "")
     with analyse(path) as analysis:
         return Inspection(
@@ -73,13 +73,15 @@ def text(result: Inspection) -> str:
         lines.append(f"table {table.name}: {table.type.name.lower()} [{table.width}, {table.rows}], {size_text(table.bytes)}")
     if result.measurement:
         types = {
-            site.name: result.tables[site.table].type.name.lower() for site in result.sites if isinstance(site, tab.Placed)
+            site.name: result.tables[site.table].type.name.lower()
+            for site in result.sites
+            if isinstance(site, file_format.StoredSite)
         }
         lines += describe(types, result.measurement, "")
     for site in result.sites:
         place = (
             f", columns {site.column} to {site.column + site.width - 1} of table {site.table}"
-            if isinstance(site, tab.Placed)
+            if isinstance(site, file_format.StoredSite)
             else ""
         )
         lines.append(f"site {site.name}: {site.width} values per token{place}")

@@ -15,7 +15,7 @@ import runpy
 import sys
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.paths import build, load_backends, paths
+from gguf_firstlayer.installation import build, load_backends, paths
 
 _INSTALL = 'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install --no-cache-dir llama-cpp-python=='
 

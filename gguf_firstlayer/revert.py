@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_firstlayer import tables as tab
+from gguf_firstlayer import file_format
 from gguf_firstlayer.errors import FirstLayerError, option
 from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.source import Source
@@ -77,16 +77,16 @@ def revert(
     return Reversion(tables.path, output, origin.size, sha256)
 
 
-def _check(tables: Source, donor: Source | None, output: Path, force: bool) -> tab.Origin:
+def _check(tables: Source, donor: Source | None, output: Path, force: bool) -> file_format.Origin:
     """Refuse what can be refused from the headers; what it takes to restore the source."""
-    _sites, _tables, elided = tab.read(tables)
-    if tables.get_field(tab.KEY_VERSION) is None:
+    _sites, _tables, elided = file_format.read(tables)
+    if tables.get_field(file_format.KEY_VERSION) is None:
         raise FirstLayerError(f"{tables.path} is not converted, there is nothing to revert")
-    if tab.is_sidecar(tables):
+    if file_format.is_sidecar(tables):
         raise FirstLayerError(
             f"{tables.path} has tables only: its source was not changed, delete the file if you do not want it"
         )
-    origin = tab.read_origin(tables)
+    origin = file_format.read_origin(tables)
     if origin is None:
         raise FirstLayerError(f"{tables.path} was made from a split model, which cannot be restored; take its source")
     if elided and donor is None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.paths import TOOLS, paths
+from gguf_firstlayer.installation import TOOLS, paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.installation import load_backends, paths
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.paths import load_backends, paths
 from gguf_firstlayer.start import STOPPING
-
-Self = TypeVar("Self", bound="Run")
 
 _LOG_LEVEL_ERROR = 4
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -97,7 +95,7 @@ class _GGUFInitParams(ctypes.Structure):
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Let signals wait for the end of a call into C: an exception raised in the log callback would be lost there.
 
     Blocking them would not do, since any thread of the process may receive them for the main one.
@@ -215,7 +213,7 @@ class Library:
             FirstLayerError: it cannot be loaded.
         """
         self.errors.clear()
-        with _undisturbed(), self.tables(tables):
+        with undisturbed(), self.tables(tables):
             status = self.llama.llama_firstlayer_check(os.fsencode(path))
         if status != 0:
             raise FirstLayerError(
@@ -229,7 +227,7 @@ class Library:
             FirstLayerError: it is malformed or truncated.
         """
         self.errors.clear()
-        with _undisturbed():
+        with undisturbed():
             context = self.ggml.gguf_init_from_file(os.fsencode(path), _GGUFInitParams(True, None))
         if not context:
             reason = self.errors[0] if self.errors else "unknown reason"
@@ -268,7 +266,7 @@ class Library:
 
         n_threads = os.cpu_count() or 1
         ends = [n * i // n_threads for i in range(n_threads + 1)]
-        with _undisturbed(), ThreadPoolExecutor(n_threads) as pool:
+        with undisturbed(), ThreadPoolExecutor(n_threads) as pool:
             valid = list(pool.map(part, ends, ends[1:]))
         if not all(valid):
             raise FirstLayerError(
@@ -309,7 +307,7 @@ class Analysis:
     def __init__(self, path: Path, n_batch: int = 512, load_vocab: bool = True) -> None:
         self._library = library()
         self._library.errors.clear()
-        with _undisturbed():
+        with undisturbed():
             self.handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0, load_vocab)
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
@@ -347,7 +345,7 @@ class Analysis:
         """
         data = text.encode()
         ids = np.empty(len(data) + 8, np.int32)  # a token is a byte at least, but for those that mark begin and end
-        with _undisturbed():
+        with undisturbed():
             n = self._library.llama.llama_firstlayer_tokenize(self.handle, data, len(data), ids.ctypes.data, len(ids))
         if n < 0:
             raise FirstLayerError(f"the text cannot be tokenized: {self._library.error()}")
@@ -367,7 +365,7 @@ class Analysis:
         """
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
-        with _undisturbed():
+        with undisturbed():
             status = self._library.llama.llama_firstlayer_eval(self.handle, ids.ctypes.data, len(ids), out.ctypes.data)
         if status != 0:
             raise FirstLayerError(f"the first layer cannot be computed: {self._library.error()}")
@@ -376,7 +374,7 @@ class Analysis:
     def close(self) -> None:
         """Free the model; the object must not be used any more."""
         if self.handle:
-            with _undisturbed():
+            with undisturbed():
                 self._library.llama.llama_firstlayer_close(self.handle)
             self.handle = None
 
@@ -385,113 +383,6 @@ class Analysis:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class Run:
-    """A model with its weights that decodes one text (`llama_firstlayer_run_open`). A context manager.
-
-    Args:
-        path: of the model
-        n_ctx: tokens of the text
-        n_batch: most tokens that are decoded at once
-        n_threads: 0 for all
-        constants: of a converted model: there are no lookups, the sites come from constants, and the output is wrong
-        tables: sidecar that has the model's tables
-
-    Raises:
-        FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        n_ctx: int,
-        n_batch: int = 128,
-        n_threads: int = 0,
-        constants: bool = False,
-        tables: Path | None = None,
-        _rows_of: Analysis | None = None,
-    ) -> None:
-        self._library, self.path, self.n_batch = library(), path, n_batch
-        self._library.errors.clear()
-        analysis = _rows_of.handle if _rows_of else None
-        with _undisturbed(), self._library.tables(tables):
-            self.handle = self._library.llama.llama_firstlayer_run_open(
-                os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
-            )
-        if not self.handle:
-            raise FirstLayerError(f"{path}: {self._library.error()}")
-        self.n_vocab: int = self._library.llama.llama_firstlayer_run_n_vocab(self.handle)
-
-    def decode(self, tokens: npt.ArrayLike, n_batch: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
-        """Logits of the tokens that come next, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
-
-        Raises:
-            FirstLayerError: llama.cpp cannot decode.
-        """
-        ids = np.ascontiguousarray(tokens, np.int32)
-        size = n_batch or self.n_batch
-        for first in range(0, len(ids), size):
-            batch = ids[first : first + size]
-            with _undisturbed():
-                logits = self._library.llama.llama_firstlayer_run_decode(self.handle, batch.ctypes.data, len(batch))
-            if not logits:
-                raise FirstLayerError(f"{self.path}: {self._library.error()}")
-            yield np.ctypeslib.as_array(logits, (len(batch), self.n_vocab))
-
-    def time(self, tokens: npt.ArrayLike, n_batch: int) -> float:
-        """Seconds that the tokens that come next take, in batches of which the last token's logits are wanted.
-
-        Raises:
-            FirstLayerError: llama.cpp cannot decode.
-        """
-        ids = np.ascontiguousarray(tokens, np.int32)
-        with _undisturbed():
-            elapsed = self._library.llama.llama_firstlayer_run_time(self.handle, ids.ctypes.data, len(ids), n_batch)
-        if elapsed < 0:
-            raise FirstLayerError(f"{self.path}: {self._library.error()}")
-        return float(elapsed) / 1e6
-
-    def keep(self, n: int) -> bool:
-        """Forget all but the first n tokens; false if this kind of model cannot forget a part, like those with a state."""
-        return bool(self._library.llama.llama_firstlayer_run_keep(self.handle, n))
-
-    def close(self) -> None:
-        """Free the model; the object must not be used any more."""
-        if self.handle:
-            with _undisturbed():
-                self._library.llama.llama_firstlayer_run_close(self.handle)
-            self.handle = None
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class Trial(Run):
-    """A `Run` of a source on the CPU whose sites come from rows in memory. It shows what tables would do to the output.
-
-    Args:
-        path: of the model
-        analysis: of the same model
-        n_ctx: tokens of a text
-
-    Attributes:
-        rows: F32 [vocabulary, columns], where each site begins at a multiple of `tables.ALIGNMENT` columns. Rows must be set
-            before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
-
-    Raises:
-        FirstLayerError: as `Run`.
-    """
-
-    def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:
-        super().__init__(path, n_ctx, _rows_of=analysis)
-        columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
-        self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
-            self._library.llama.llama_firstlayer_run_rows(self.handle), (self.n_vocab, columns)
-        )
 
 
 def analyse(path: Path) -> Analysis:

@@ -7,21 +7,20 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer import auto
-from gguf_firstlayer import tables as tab
-from gguf_firstlayer.auto import kl_divergence, log_softmax, round_trip, sample_tokens
-from gguf_firstlayer.convert import fingerprints
+from gguf_firstlayer import auto, file_format
+from gguf_firstlayer.auto import round_trip, sample_tokens
+from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.divergence import kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
-from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.runtime import Analysis, Run, Site, analyse, library
+from gguf_firstlayer.pair import context_length, open_pair
+from gguf_firstlayer.runtime import Analysis, Site, analyse, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, to_json
 
@@ -126,7 +125,7 @@ def verify(
     if tokens is not None and tokens < 1:
         raise UsageError(f"{tokens} is no number of tokens")
     model, tables, files = open_pair(Path(source), Path(converted))
-    sites, _, _ = tab.read(tables)
+    sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
         problems = _foreign(model, sites, by_recipe)
@@ -141,10 +140,10 @@ def verify(
         n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
         added = _added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
-    measurement = tab.read_measurement(tables)
+    measurement = file_format.read_measurement(tables)
     bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
     chunk = min(CHUNK, len(ids) // 2, context_length(model))
-    with Run(model.path, chunk, chunk) as one, Run(files.path, chunk, chunk, tables=files.tables) as other:
+    with Decoder(model.path, chunk, chunk) as one, Decoder(files.path, chunk, chunk, tables=files.tables) as other:
         scores = _Scores()
         for first in range(0, len(ids) - chunk + 1, chunk):
             part = ids[first : first + chunk].copy()
@@ -198,60 +197,12 @@ def verify(
     )
 
 
-class Files(NamedTuple):
-    """What llama.cpp runs.
-
-    Attributes:
-        sources: the model, and its sidecar if it has one
-    """
-
-    sources: tuple[Source, ...]
-
-    @property
-    def path(self) -> Path:
-        """Of the model."""
-        return self.sources[0].path
-
-    @property
-    def tables(self) -> Path | None:
-        """Of the sidecar."""
-        return self.sources[1].path if len(self.sources) > 1 else None
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(source.bytes for source in self.sources)
-
-
-def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
-    """A model, a file with tables for it, and what is run with those tables.
-
-    Raises:
-        FirstLayerError: one of them cannot be read, or is not what it should be.
-    """
-    model, tables = Source(source), Source(converted)
-    if model.get_field(tab.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{source} is itself converted; give the original model first")
-    if tables.get_field(tab.KEY_VERSION) is None:
-        raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
-    files = Files((model, tables) if tab.is_sidecar(tables) else (tables,))
-    isolated(partial(_loads, files.tables), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
-    return model, tables, files
-
-
-def context_length(model: Source) -> int:
-    """Tokens that a model was trained for; beyond, llama.cpp may abort."""
-    field = model.get_field(f"{model.architecture}.context_length")
-    length = field.contents() if field else None
-    return length if isinstance(length, int) and length > 0 else 1 << 31
-
-
-def _foreign(model: Source, placed: Sequence[tab.Placed], by_recipe: dict[str, Site]) -> list[str]:
+def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: dict[str, Site]) -> list[str]:
     """What shows that tables are of another model."""
     unknown = [site.name for site in placed if site.recipe not in by_recipe or by_recipe[site.recipe].width != site.width]
     if unknown:
         return [f"{', '.join(unknown)} of the converted file are computed otherwise in the source: it is of another model"]
-    prints = fingerprints(model, [by_recipe[site.recipe] for site in placed])
+    prints = file_format.fingerprints(model, [by_recipe[site.recipe] for site in placed])
     changed = [site.name for site in placed if prints[site.recipe] != site.fingerprint]
     if changed:
         return [f"{', '.join(changed)} were computed from other weights than the source has: convert it again"]
@@ -268,18 +219,13 @@ def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArra
     return ids
 
 
-def _loads(tables: Path | None, path: Path) -> None:
-    """For `isolated`: llama.cpp may abort on a malformed file."""
-    Run(path, 16, 16, tables=tables).close()
-
-
 def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:
     """Recompute some rows.
 
     Returns:
         Their number, the share that is the same bit for bit, and the problems.
     """
-    placed, tables, _ = tab.read(file)
+    placed, tables, _ = file_format.read(file)
     random = np.random.default_rng(0)
     tokens = np.unique(np.append(random.integers(0, analysis.n_vocab, N_ROWS), [0, analysis.n_vocab - 1]))
     rows = analysis.rows(tokens)
@@ -315,7 +261,7 @@ def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) ->
 
 def _added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:
     """What tables add to the KL divergence over some tokens, and its standard error; None if gguf-py cannot read their type."""
-    placed, tables, _ = tab.read(file)
+    placed, tables, _ = file_format.read(file)
     sites = {site.recipe: site for site in analysis.sites}
     with auto.Effects(path, analysis, ids, n_measured=1) as effects:
         errors = {}
@@ -366,7 +312,7 @@ class _Scores:
         self.losses.append(-q[index, following].astype(np.float64))
 
 
-def _logits(run: Run, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
+def _logits(run: Decoder, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
     """Logits of those tokens of a text that are scored, F32 [n, vocabulary]."""
     run.keep(0)
     first, done, parts = len(tokens) // 2, 0, []
@@ -376,7 +322,7 @@ def _logits(run: Run, tokens: npt.NDArray[np.int32], n_batch: int | None = None)
     return np.concatenate(parts)[:-1]
 
 
-def _greedy(run: Run, prompt: npt.NDArray[np.int32], n: int) -> list[int]:
+def _greedy(run: Decoder, prompt: npt.NDArray[np.int32], n: int) -> list[int]:
     """The most probable continuation of a prompt."""
     run.keep(0)
     out: list[int] = []

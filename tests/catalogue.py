@@ -22,8 +22,8 @@ import llama_cpp
 import numpy as np
 from random_models import InitParams, Shape, Value, add_keys, fuse, ggml, name_and_shape
 
+from gguf_firstlayer.file_format import fitting
 from gguf_firstlayer.runtime import library
-from gguf_firstlayer.tables import fitting
 
 Keys = dict[str, Value]
 

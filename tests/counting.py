@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_firstlayer.runtime import Run
+from gguf_firstlayer.decoder import Decoder
 
 # valgrind knows no AVX-512, which the other builds use where there is some
 COUNTED = Path(__file__).resolve().parent.parent / "build" / "counted" / "bin"
@@ -65,7 +65,7 @@ def _referenced(path: Path) -> int:
 
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
-    with Run(path, 64, 16, 1) as run:
+    with Decoder(path, 64, 16, 1) as run:
         if len(sys.argv) > 2:
             run.time([7] * int(sys.argv[2]), 1)
             return

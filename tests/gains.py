@@ -11,10 +11,10 @@ from pathlib import Path
 
 from conftest import ROOT, STOCK
 
-from gguf_firstlayer.plan import Plan, make, of_model, table_type
+from gguf_firstlayer.cost import Plan, estimate, of_model, table_type
+from gguf_firstlayer.file_format import fitting
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source, without_data
-from gguf_firstlayer.tables import fitting
 from gguf_firstlayer.text import size_text
 
 DOC = ROOT / "docs" / "gains.md"
@@ -76,7 +76,8 @@ def plan_of(path: Path) -> tuple[Plan, int]:
         outline = of_model(source, analysis)
         field = source.get_field(f"{source.architecture}.block_count")
         assert field
-        return make(outline, {site: fitting(table_type(TABLES), site.width) for site in outline.sites}), int(field.contents())
+        site_types = {site: fitting(table_type(TABLES), site.width) for site in outline.sites}
+        return estimate(outline, site_types), int(field.contents())
 
 
 def count_text(n: float) -> str:

@@ -20,7 +20,7 @@ os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 import llama_cpp
 import worker
 
-from gguf_firstlayer.plan import distinct_tokens
+from gguf_firstlayer.cost import distinct_tokens
 from gguf_firstlayer.runtime import Analysis
 
 DOC = ROOT / "docs" / "hot-rows.md"

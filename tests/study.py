@@ -33,12 +33,13 @@ from gguf import GGMLQuantizationType as Type
 from matplotlib import pyplot
 
 from gguf_firstlayer import bench, convert
-from gguf_firstlayer.bench import _measure, _place_anew, ratio
-from gguf_firstlayer.plan import make, of_file
-from gguf_firstlayer.runtime import Run, analyse
+from gguf_firstlayer.cost import estimate, of_file
+from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.file_format import fitting
+from gguf_firstlayer.runtime import analyse
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.tables import fitting
 from gguf_firstlayer.text import size_text
+from gguf_firstlayer.timing import place_anew, ratio, take_turns
 
 FOLDER = ROOT / "build" / "study"
 DOCS = ROOT / "docs"
@@ -129,9 +130,9 @@ def fading() -> Result:
 
 
 class Driver:
-    """A model on one libllama, driven like `Run` but through llama-cpp-python's declarations of llama.h.
+    """A model on one libllama, driven like `Decoder` but through llama-cpp-python's declarations of llama.h.
 
-    The stock library has no `Run`. Both are loaded into this process, where they share one ggml: the patch leaves it alone.
+    The stock library has no `Decoder`. Both are loaded into this process, where they share one ggml: the patch leaves it alone.
     """
 
     def __init__(self, library: ctypes.CDLL, path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
@@ -189,7 +190,7 @@ def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 8) -> R
     n_vocab = analysed_vocabulary(pair[0])
     for _ in range(loads):
         for path in pair:
-            _place_anew(Source(path))
+            place_anew(Source(path))
         with ExitStack() as stack:
             wanted = [(stock, pair[0]), (patched, pair[0]), (patched, pair[1])]
             runs: dict[int, Driver] = {}
@@ -198,7 +199,7 @@ def with_stock(pair: tuple[Path, Path], loads: int = 6, seconds: float = 8) -> R
                 stack.callback(runs[i].close)
             tokens = np.random.default_rng(rng.randrange(1 << 32)).integers(0, n_vocab, 1 << 14, np.int32)
             for batch, measured in times.items():
-                turns = _measure([runs[i] for i in range(3)], tokens, batch, 0, seconds / loads, rng, os.cpu_count() or 1)
+                turns = take_turns([runs[i] for i in range(3)], tokens, batch, 0, seconds / loads, rng, os.cpu_count() or 1)
                 measured.append(turns.quiet if len(turns.quiet) else turns.times)
     cells = []
     for batch, measured in times.items():
@@ -245,7 +246,7 @@ def conversion(name: str) -> Result:
     write_model(first, source, Type.Q4_K)
     n_vocab = analysed_vocabulary(source)
     rates: dict[str, list[float]] = {"prefill": [], "convert": []}
-    with Run(source, 513, 512) as run:
+    with Decoder(source, 513, 512) as run:
         for _ in range(8):
             run.keep(0)
             elapsed = run.time(np.random.default_rng(0).integers(0, n_vocab, 512), 512)
@@ -272,7 +273,7 @@ def draft() -> Result:
     )
     tables = convert(plain, FOLDER / "draft-flp.gguf", type="q8_0", force=True).output
     outline = of_file(plain)
-    bound = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites}).decode_bound
+    bound = estimate(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites}).decode_bound
 
     def ask(port: int, prompt: str) -> Result:
         body = {"prompt": prompt, "n_predict": ANSWER, "temperature": 0, "cache_prompt": False}
@@ -318,7 +319,7 @@ def draft() -> Result:
 def counts(pair: tuple[Path, Path]) -> Result:
     """Instructions and bytes of a decoded token, before and after, against the plan."""
     outline = of_file(pair[0])
-    plan = make(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites})
+    plan = estimate(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites})
     total = sum(outline.products(use) for use in outline.uses)
     gone = sum(outline.products(use) for use in outline.replaced(outline.sites))
     return {

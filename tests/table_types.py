@@ -11,8 +11,8 @@ import matplotlib
 from conftest import PATCHED, ROOT
 
 from gguf_firstlayer import auto
+from gguf_firstlayer.file_format import TYPES, Measurement, fitting, layout
 from gguf_firstlayer.runtime import Analysis
-from gguf_firstlayer.tables import TYPES, Measurement, fitting, layout
 
 DOC, PLOT = ROOT / "docs" / "types.md", ROOT / "docs" / "types.png"
 SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

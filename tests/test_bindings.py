@@ -73,7 +73,7 @@ def test_it_is_the_module_itself():
         ("import llama_cpp", "imported before"),
         (
             "import gguf_firstlayer, sys\n"
-            "paths = sys.modules['gguf_firstlayer.paths']\n"
+            "paths = sys.modules['gguf_firstlayer.installation']\n"
             "paths.build = lambda: paths.Build('of a checkout', '')",
             "another llama.cpp",
         ),

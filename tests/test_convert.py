@@ -13,8 +13,8 @@ from conftest import ROOT, cli, convert, rewrite
 from gguf import GGUFReader
 
 from gguf_firstlayer import FirstLayerError, inspect, paths
+from gguf_firstlayer.file_format import fitting, layout
 from gguf_firstlayer.runtime import Analysis, library
-from gguf_firstlayer.tables import fitting, layout
 
 
 def raw(reader: GGUFReader) -> dict[str, bytes]:

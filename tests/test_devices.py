@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import PATCHED, ROOT, both, convert, free_port, run
 
-from gguf_firstlayer.tables import TYPES
+from gguf_firstlayer.file_format import TYPES
 
 #
 # offload

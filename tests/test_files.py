@@ -13,8 +13,8 @@ from conftest import PATCHED, REPORT, cli, compare, convert, refusal, rewrite
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from gguf_firstlayer import FirstLayerError, inspect
+from gguf_firstlayer.file_format import TYPES
 from gguf_firstlayer.runtime import library
-from gguf_firstlayer.tables import TYPES
 
 
 def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:

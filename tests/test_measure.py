@@ -26,18 +26,17 @@ from gguf_firstlayer.bench import (
     LIMITED,
     SLOWER,
     UNKNOWN,
-    Load,
-    Ratio,
     _cell,
     _tokens,
-    ratio,
     summary,
     verdict,
 )
-from gguf_firstlayer.plan import bound, make, of_file
-from gguf_firstlayer.runtime import Run, Trial, analyse
+from gguf_firstlayer.cost import bound, estimate, of_file
+from gguf_firstlayer.decoder import Decoder, InMemoryDecoder
+from gguf_firstlayer.file_format import fitting
+from gguf_firstlayer.runtime import analyse
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.tables import fitting
+from gguf_firstlayer.timing import Load, Ratio, ratio
 from gguf_firstlayer.verify import summary as verify_summary
 
 TEXT = ROOT / "docs" / "design.md"
@@ -286,7 +285,7 @@ def test_constants_instead_of_lookups(llama, llama_flp):
     token = 100
     with analyse(llama) as analysis:
         exact = analysis.rows([0, token])
-        with Trial(llama, analysis, 16) as trial:
+        with InMemoryDecoder(llama, analysis, 16) as trial:
             starts = np.cumsum([0] + [-(-site.width // 4) * 4 for site in analysis.sites])
             ends = np.cumsum([site.width for site in analysis.sites])
 
@@ -297,7 +296,7 @@ def test_constants_instead_of_lookups(llama, llama_flp):
                 return next(trial.decode([token])).copy()
 
             replaced, right = logits(exact[0]), logits(exact[1])
-    with Run(llama_flp, 16, 16, constants=True) as run:
+    with Decoder(llama_flp, 16, 16, constants=True) as run:
         limit = next(run.decode([token])).copy()
     assert np.abs(limit - replaced).max() < 1e-4 < np.abs(limit - right).max()
 
@@ -335,7 +334,7 @@ def _q8_0():
 def test_bounds_of_batches(smollm):
     outline = of_file(smollm)
     kinds = {site: _q8_0() for site in outline.sites}
-    plan = make(outline, kinds)
+    plan = estimate(outline, kinds)
     assert bound(outline, kinds, 1) == plan.decode_bound
     assert bound(outline, kinds, outline.n_batch) == pytest.approx(plan.prefill_bound)
 
@@ -368,10 +367,10 @@ def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
 def test_loading_reads_no_tables(smollm_flp):
     """llama.cpp by itself maps all of a file that has no tensor above 4 GiB."""
     code = (
-        "import sys; from pathlib import Path; from gguf_firstlayer.bench import _mapped;"
-        "from gguf_firstlayer.runtime import Run; from gguf_firstlayer.source import Source;"
+        "import sys; from pathlib import Path; from gguf_firstlayer.resources import mapped;"
+        "from gguf_firstlayer.decoder import Decoder; from gguf_firstlayer.source import Source;"
         "path = Path(sys.argv[1]); place = Source(path).place('firstlayer.0.table');"
-        "run = Run(path, 16, 16); before = _mapped(*place); run.time([7], 1); print(before, _mapped(*place))"
+        "run = Decoder(path, 16, 16); before = mapped(*place); run.time([7], 1); print(before, mapped(*place))"
     )
     done = subprocess.run([sys.executable, "-c", code, smollm_flp["f32"]], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
@@ -387,7 +386,7 @@ def test_loading_reads_no_tables(smollm_flp):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells which pages were accessed")
 def test_decoding_reads_what_the_plan_says(smollm, smollm_flp):
     outline = of_file(smollm)
-    plan = make(outline, {site: _q8_0() for site in outline.sites})
+    plan = estimate(outline, {site: _q8_0() for site in outline.sites})
     before, after = bytes_read(smollm), bytes_read(smollm_flp["q8_0"])
     # whole pages, and norms are next to matrices
     assert before == pytest.approx(plan.decode_bytes_without, abs=16 * 4096)

@@ -18,8 +18,9 @@ from gguf import GGUFReader
 from test_files import split
 
 from gguf_firstlayer import FirstLayerError, Shape, plan
-from gguf_firstlayer.plan import make, of_file, select, table_type
+from gguf_firstlayer.cost import estimate, of_file, table_type
 from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.selection import select
 from gguf_firstlayer.source import Source
 
 # arXiv 2402.13388: shape; weights eliminated; reads of one token without and with; reductions for batches of 1, 16, 256, 1024;
@@ -49,7 +50,7 @@ def headers(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_tables(name):
     shape, (eliminated, without, instead, reductions, growth, net, percent) = PAPER[name]
-    result = plan(shape.outline(), type="f16")
+    result = plan(shape.cost_model(), type="f16")
     assert result.values_eliminated == eliminated
     assert (result.reads[0].values_without, result.reads[0].values_with) == (without, instead)
     assert [row.batch for row in result.reads] == [1, 16, 256, 1024]
@@ -84,7 +85,7 @@ def test_reductions_below_one():
 def test_experts_that_a_token_uses():
     """Mixtral's shape; oracle: arithmetic."""
     shape = Shape(32000, 4096, 32, 32, 8, 14336, expert_count=8, expert_used_count=2)
-    result = plan(shape.outline(), type="f16")
+    result = plan(shape.cost_model(), type="f16")
     attention = 4096 * (2 * 4096 + 2 * 1024)
     per_token = 32 * (attention + 2 * 3 * 4096 * 14336) + 32000 * 4096 + 4096
     assert result.decode_bytes_without == 2 * per_token
@@ -183,7 +184,7 @@ def test_selection(name, archs):
     kinds = dict.fromkeys(outline.sites, table_type("f32"))
 
     def told(sites):
-        result = make(outline, {site: kinds[site] for site in sites}, (1,))
+        result = estimate(outline, {site: kinds[site] for site in sites}, (1,))
         return result.file_change, result.decode_bytes_without - result.decode_bytes_with
 
     subsets = [[s for i, s in enumerate(outline.sites) if bits >> i & 1] for bits in range(2 ** len(outline.sites))]

@@ -15,9 +15,9 @@ from conftest import PATCHED, ROOT, cli, compare, convert, divergence, log_softm
 from gguf import GGMLQuantizationType, GGUFReader
 
 from gguf_firstlayer import FirstLayerError, auto, inspect
+from gguf_firstlayer.file_format import TYPES, fitting
 from gguf_firstlayer.runtime import Analysis, library
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.tables import TYPES, fitting
 
 
 def quantize(source: Path, target: Path, kind: str, *options: str) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, ReaderField
 
 from gguf_firstlayer.errors import FirstLayerError
@@ -43,14 +45,14 @@ _NARROWER = (
 
 
 @dataclass(frozen=True)
-class Placed:
+class StoredSite:
     """A site and its place in a table.
 
     Attributes:
         name, recipe, width: as in `runtime.Site`
         table: number of the table
         column: first column of the site in the table's rows
-        fingerprint: SHA-256 of the weights it was computed from, hexadecimal; see `convert.fingerprints`
+        fingerprint: SHA-256 of the weights it was computed from, hexadecimal; see `fingerprints`
     """
 
     name: str
@@ -199,7 +201,7 @@ def padded(width: int) -> int:
 
 
 def metadata(
-    sites: Sequence[Placed],
+    sites: Sequence[StoredSite],
     elided: Sequence[Elided],
     measurement: Measurement | None = None,
     origin: Origin | None = None,
@@ -278,7 +280,7 @@ def _number(field: ReaderField | None) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:
+def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
     """The sites, tables and elided weights of a converted file; empty lists for a plain model.
 
     Raises:
@@ -296,7 +298,7 @@ def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:
 
     try:
         columns = [values(f"site.{key}") for key in ("name", "recipe", "width", "table", "column", "fingerprint")]
-        sites = [Placed(*row) for row in zip(*columns, strict=True)]
+        sites = [StoredSite(*row) for row in zip(*columns, strict=True)]
         tables = []
         for i in range(max((site.table for site in sites), default=-1) + 1):
             tensor = source.tensors[table_name(i)]
@@ -313,3 +315,18 @@ def read(source: Source) -> tuple[list[Placed], list[Table], list[Elided]]:
     except (ValueError, KeyError, IndexError, TypeError) as err:
         raise FirstLayerError(f"the firstlayer keys of the file are malformed ({err}); convert the model again") from err
     return sites, tables, elided
+
+
+def fingerprints(source: Source, sites: Sequence[Site]) -> dict[str, str]:
+    """SHA-256 of the weights that each site was computed from, by recipe.
+
+    For every weight in the order of the names: its name, a zero byte, its type and its dimensions as 32 and 4 times 64 bit
+    little-endian integers, and the SHA-256 of its data.
+    """
+    weights: dict[str, bytes] = {}
+    for name in sorted({name for site in sites for name in site.weights}):
+        tensor = source.tensors[name]
+        shape = ([int(size) for size in tensor.shape] + [1] * MAX_DIMS)[:MAX_DIMS]
+        header = np.array([int(tensor.tensor_type)], "<u4").tobytes() + np.array(shape, "<u8").tobytes()
+        weights[name] = name.encode() + b"\0" + header + hashlib.sha256(source.data(name)).digest()
+    return {site.recipe: hashlib.sha256(b"".join(weights[name] for name in sorted(site.weights))).hexdigest() for site in sites}

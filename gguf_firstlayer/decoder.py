@@ -1,0 +1,124 @@
+"""A model that decodes one text, to measure what tables do to its output and its speed (`llama_firstlayer_run`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.runtime import Analysis, library, undisturbed
+
+Self = TypeVar("Self", bound="Decoder")
+
+
+class Decoder:
+    """A model with its weights that decodes one text (`llama_firstlayer_run_open`). A context manager.
+
+    Args:
+        path: of the model
+        n_ctx: tokens of the text
+        n_batch: most tokens that are decoded at once
+        n_threads: 0 for all
+        constants: of a converted model: there are no lookups, the sites come from constants, and the output is wrong
+        tables: sidecar that has the model's tables
+
+    Raises:
+        FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        n_ctx: int,
+        n_batch: int = 128,
+        n_threads: int = 0,
+        constants: bool = False,
+        tables: Path | None = None,
+        _rows_of: Analysis | None = None,
+    ) -> None:
+        self._library, self.path, self.n_batch = library(), path, n_batch
+        self._library.errors.clear()
+        analysis = _rows_of.handle if _rows_of else None
+        with undisturbed(), self._library.tables(tables):
+            self.handle = self._library.llama.llama_firstlayer_run_open(
+                os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
+            )
+        if not self.handle:
+            raise FirstLayerError(f"{path}: {self._library.error()}")
+        self.n_vocab: int = self._library.llama.llama_firstlayer_run_n_vocab(self.handle)
+
+    def decode(self, tokens: npt.ArrayLike, n_batch: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits of the tokens that come next, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        size = n_batch or self.n_batch
+        for first in range(0, len(ids), size):
+            batch = ids[first : first + size]
+            with undisturbed():
+                logits = self._library.llama.llama_firstlayer_run_decode(self.handle, batch.ctypes.data, len(batch))
+            if not logits:
+                raise FirstLayerError(f"{self.path}: {self._library.error()}")
+            yield np.ctypeslib.as_array(logits, (len(batch), self.n_vocab))
+
+    def time(self, tokens: npt.ArrayLike, n_batch: int) -> float:
+        """Seconds that the tokens that come next take, in batches of which the last token's logits are wanted.
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        with undisturbed():
+            elapsed = self._library.llama.llama_firstlayer_run_time(self.handle, ids.ctypes.data, len(ids), n_batch)
+        if elapsed < 0:
+            raise FirstLayerError(f"{self.path}: {self._library.error()}")
+        return float(elapsed) / 1e6
+
+    def keep(self, n: int) -> bool:
+        """Forget all but the first n tokens; false if this kind of model cannot forget a part, like those with a state."""
+        return bool(self._library.llama.llama_firstlayer_run_keep(self.handle, n))
+
+    def close(self) -> None:
+        """Free the model; the object must not be used any more."""
+        if self.handle:
+            with undisturbed():
+                self._library.llama.llama_firstlayer_run_close(self.handle)
+            self.handle = None
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class InMemoryDecoder(Decoder):
+    """A `Decoder` of a source on the CPU whose sites come from rows in memory. It shows what tables would do to the output.
+
+    Args:
+        path: of the model
+        analysis: of the same model
+        n_ctx: tokens of a text
+
+    Attributes:
+        rows: F32 [vocabulary, columns], where each site begins at a multiple of `file_format.ALIGNMENT` columns. Rows must be set
+            before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
+
+    Raises:
+        FirstLayerError: as `Decoder`.
+    """
+
+    def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:
+        super().__init__(path, n_ctx, _rows_of=analysis)
+        columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
+        self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
+            self._library.llama.llama_firstlayer_run_rows(self.handle), (self.n_vocab, columns)
+        )

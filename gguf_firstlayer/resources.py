@@ -1,0 +1,159 @@
+"""What a model takes in a process of its own: memory, page faults, time to load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from gguf_firstlayer import file_format
+from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.pair import Files
+from gguf_firstlayer.runtime import library
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import progress
+from gguf_firstlayer.timing import Tokens, forget
+
+# of the resources: a prompt, tokens that are generated, and how often a model is loaded
+PROMPT, GENERATED, N_PROCESSES = 128, 32, 3
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a model takes in a process of its own, which decodes a prompt and generates some tokens. Bytes and seconds.
+
+    Attributes:
+        file: size
+        resident: memory after that, of files and others
+        resident_files: the part of it that is mapped from files
+        peak: most memory at any time
+        minor_faults, major_faults: of pages, from opening the model on
+        tables: bytes of the tables
+        tables_mapped: of them, in pages that the process has touched or that Linux mapped with those
+        rows_touched: bytes of the rows that were looked up
+        load_cold, load: seconds to load it when the page cache is empty, and when it is not; None where it cannot be emptied
+        first_token_cold, first_token: from the start of loading to the logits of a first token
+    """
+
+    file: int
+    resident: int
+    resident_files: int
+    peak: int
+    minor_faults: int
+    major_faults: int
+    tables: int
+    tables_mapped: int
+    rows_touched: int
+    load_cold: float | None
+    load: float
+    first_token_cold: float | None
+    first_token: float
+
+
+def all_resources(models: Sequence[Files], n_threads: int, tokens: Tokens) -> Iterator[Resources]:
+    """Resources of models, each in processes of its own, one after the other."""
+    cold: list[list[_Load]] = [[] for _ in models]
+    warm: list[list[_Load]] = [[] for _ in models]
+    tokens = np.resize(tokens, PROMPT + GENERATED)
+    with progress("loading", 2 * N_PROCESSES * len(models), "load") as bar:
+        for _ in range(N_PROCESSES):
+            for i, model in enumerate(models):
+                for source in model.sources:
+                    forget(source)
+                for loads in (cold, warm):
+                    loads[i].append(isolated(partial(_load, n_threads, model.tables, tokens), model.path))
+                    bar.update()
+    for i, model in enumerate(models):
+        last = warm[i][-1]
+        weights = model.bytes - last.memory[TABLES]  # of tables, only rows are read
+        was_cold = [load for load in cold[i] if load.bytes_read > weights / 4]
+        yield Resources(
+            model.bytes,
+            *last.memory,
+            _median([load.load for load in was_cold]),
+            _median([load.load for load in warm[i]]) or 0.0,
+            _median([load.first_token for load in was_cold]),
+            _median([load.first_token for load in warm[i]]) or 0.0,
+        )
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+# place of the tables' size in `_Load.memory`
+TABLES = 5
+
+
+@dataclass(frozen=True)
+class _Load:
+    load: float
+    first_token: float
+    bytes_read: int
+    memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
+
+
+def _load(n_threads: int, sidecar: Path | None, tokens: Tokens, path: Path) -> _Load:
+    """Load a model and use it, for `isolated`."""
+    import resource  # which Windows does not have
+
+    def status() -> dict[str, int]:
+        lines = [line.split() for line in Path("/proc/self/status").read_text(errors="replace").splitlines()]
+        return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0].startswith(("Vm", "Rss"))}
+
+    def bytes_read() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+    library()  # not a part of loading the model
+    before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
+    started = time.perf_counter()
+    with Decoder(path, PROMPT + GENERATED + 1, PROMPT, n_threads, tables=sidecar) as run:
+        loaded = time.perf_counter()
+        run.time(tokens[:1], 1)
+        first_token = time.perf_counter()
+        read = bytes_read() - read
+        run.keep(0)
+        run.time(tokens[:PROMPT], PROMPT)
+        run.time(tokens[PROMPT:], 1)
+        after, usage_after = status(), resource.getrusage(resource.RUSAGE_SELF)
+        file = Source(sidecar or path)
+        _, tables, _ = file_format.read(file)
+        memory = (
+            after["VmRSS"] - before["VmRSS"],
+            after["RssFile"] - before["RssFile"],
+            after["VmHWM"] - before["VmRSS"],
+            usage_after.ru_minflt - usage.ru_minflt,
+            usage_after.ru_majflt - usage.ru_majflt,
+            sum(table.bytes for table in tables),
+            sum(mapped(*file.place(table.name)) for table in tables),
+            len(np.unique(tokens)) * sum(table.row_bytes for table in tables),
+        )
+    return _Load(loaded - started, first_token - started, read, memory)
+
+
+def mapped(path: Path, offset: int, size: int) -> int:
+    """Bytes of a range of a file that are in memory of this process, in whole pages (`/proc/self/pagemap`)."""
+    total = 0
+    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or fields[5] != str(path.resolve()):
+            continue
+        begin, end = (int(value, 16) for value in fields[0].split("-"))
+        first = max(offset, int(fields[2], 16)) - int(fields[2], 16) + begin
+        last = min(offset + size - int(fields[2], 16) + begin, end)
+        if first >= last:
+            continue
+        with open("/proc/self/pagemap", "rb") as file:
+            file.seek(first // PAGE * 8)
+            entries = np.frombuffer(file.read(((last - 1) // PAGE - first // PAGE + 1) * 8), "<u8")
+        total += int((entries >> 63).sum()) * PAGE
+    return total

@@ -1,0 +1,178 @@
+"""Writing a converted file or a sidecar: the source's keys and tensors as they are, then the tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from gguf import GGUFWriter, ReaderTensor
+
+from gguf_firstlayer import file_format
+from gguf_firstlayer.cost import SiteTypes
+from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.installation import paths
+from gguf_firstlayer.runtime import Analysis, library
+from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import progress
+
+# of rows in F32, computed before they are written
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an output holds.
+
+    Attributes:
+        model: that it is made from
+        sites: with their places in the tables
+        tables: that are added
+        elided: weights that are left out
+        kept: tensors of the source that are copied
+        is_sidecar: whether it has tables only
+    """
+
+    model: Source
+    sites: list[file_format.StoredSite]
+    tables: list[file_format.Table]
+    elided: list[file_format.Elided]
+    kept: list[ReaderTensor]
+    is_sidecar: bool
+
+
+def lay_out(
+    model: Source, analysis: Analysis, types: SiteTypes, elided: Iterable[str], keep_weights: bool, sidecar: bool
+) -> Contents:
+    """Give every site its place, and every tensor of the source its fate."""
+    tables, placed = file_format.layout(list(types), types, analysis.n_vocab)
+    fingerprints = file_format.fingerprints(model, list(types))
+    sites = [
+        file_format.StoredSite(site.name, site.recipe, site.width, table, column, fingerprints[site.recipe])
+        for site, table, column in placed
+    ]
+    dropped = set() if keep_weights else set(elided)
+    tensors = model.tensors.values()
+    left_out = [
+        file_format.Elided(t.name, t.tensor_type, tuple(int(size) for size in t.shape), t.n_bytes)
+        for t in tensors
+        if t.name in dropped
+    ]
+    kept = [] if sidecar else [tensor for tensor in tensors if tensor.name not in dropped]
+    return Contents(model, sites, tables, left_out, kept, sidecar)
+
+
+def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_format.Measurement | None) -> None:
+    """Write a file: the source's keys and ours, what is kept of its tensors, and the tables, which are computed meanwhile."""
+    model = contents.model
+    writer = _Writer(model, contents.is_sidecar)
+    origin = samples = None
+    if contents.is_sidecar:
+        samples = _samples(contents, analysis)
+    elif len(model.parts) == 1:
+        origin = file_format.Origin(model.bytes, model.sha256(), model.header())
+    for key in file_format.metadata(contents.sites, contents.elided, measurement, origin, samples):
+        writer.add_key_value(*key)
+    for tensor in contents.kept:
+        writer.add_tensor_info(
+            tensor.name, tensor.shape[::-1].tolist(), np.dtype(np.float32), tensor.n_bytes, tensor.tensor_type
+        )
+    for table in contents.tables:
+        writer.add_tensor_info(table.name, (table.rows, table.width), np.dtype(np.float32), table.bytes, table.type)
+
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.write_padding(writer.file, writer.file.tell())
+        for tensor in contents.kept:
+            writer.file.write(model.data(tensor.name))
+            writer.write_padding(writer.file, tensor.n_bytes)
+        _write_tables(writer, analysis, contents)
+    finally:
+        writer.close()
+
+
+class _Writer(GGUFWriter):
+    """A GGUFWriter that starts from the keys of another file, copied byte for byte; for a sidecar, from none."""
+
+    def __init__(self, source: Source, sidecar: bool) -> None:
+        super().__init__(None, source.architecture)
+        self._n_source_keys, self._source_keys = 0, b""
+        if sidecar:
+            self.add_type("firstlayer")
+        else:
+            self.kv_data[0].clear()  # the source has its architecture already
+            self.data_alignment = int(source.parts[0].alignment)
+            self._n_source_keys, self._source_keys = source.keys()
+
+    @property
+    def file(self) -> IO[bytes]:
+        """That is written."""
+        assert self.fout is not None
+        return self.fout[0]
+
+    def write_kv_data_to_file(self) -> None:
+        """The source's keys, then those that were added."""
+        self.file.seek(-8, os.SEEK_CUR)
+        self.file.write(self._pack("Q", self._n_source_keys + len(self.kv_data[0])))
+        self.file.write(self._source_keys)
+        super().write_kv_data_to_file()
+
+
+def _samples(contents: Contents, analysis: Analysis) -> dict[str, bytes]:
+    """Some bytes of each weight that a sidecar replaces or was computed from, to tell the source by."""
+    recipes = {site.recipe for site in contents.sites}
+    names = {name for site in analysis.sites if site.recipe in recipes for name in site.weights}
+    names |= {weight.name for weight in contents.elided}
+    data = {name: contents.model.data(name) for name in sorted(names)}
+    size = file_format.SAMPLE
+    starts = {name: (len(weight) - size) // 2 for name, weight in data.items() if len(weight) >= size}
+    return {name: bytes(data[name][start : start + size]) for name, start in starts.items()}
+
+
+def split(path: Path, max_size: str) -> None:
+    """Replace a file by parts of it, with llama.cpp's own tool."""
+    tool = paths().get("gguf-split")
+    if tool is None:
+        raise FirstLayerError("llama-gguf-split is not built, so the output cannot be split")
+    command: list[str | Path] = [tool, "--split", "--split-max-size", max_size, path, path.with_suffix("")]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        lines = (done.stderr + done.stdout).strip().splitlines() or ["it gave no reason"]
+        raise FirstLayerError(f"the output cannot be split into parts of {max_size}: {lines[-1]}")
+    path.unlink()
+
+
+def _write_tables(writer: _Writer, analysis: Analysis, contents: Contents) -> None:
+    """Compute the tables in chunks of tokens and write them at the end of the file, one after the other."""
+    start: list[int] = []
+    end = writer.file.tell()
+    for table in contents.tables:
+        start.append(end)
+        end += GGUFWriter.ggml_pad(table.bytes, writer.data_alignment)
+
+    # first value of each site in the rows that the analysis returns, which are in the order of the graph
+    ends = np.cumsum([site.width for site in analysis.sites]).tolist()
+    offsets = {site.recipe: end - site.width for site, end in zip(analysis.sites, ends, strict=True)}
+
+    n_chunk = max(1, CHUNK_BYTES // (4 * sum(site.width for site in analysis.sites)))
+    with progress("tables", analysis.n_vocab, "token") as bar:
+        for first in range(0, analysis.n_vocab, n_chunk):
+            tokens = np.arange(first, min(first + n_chunk, analysis.n_vocab))
+            rows = analysis.rows(tokens)
+            for i, table in enumerate(contents.tables):
+                table_rows = np.zeros((len(tokens), table.width), dtype=np.float32)
+                for site in contents.sites:
+                    if site.table == i:
+                        offset = offsets[site.recipe]
+                        table_rows[:, site.column : site.column + site.width] = rows[:, offset : offset + site.width]
+                writer.file.seek(start[i] + first * table.row_bytes)
+                writer.file.write(library().quantize(table_rows, table.type).data)
+            bar.update(len(tokens))
+
+    writer.file.truncate(end)
