@@ -109,8 +109,8 @@ class InMemoryDecoder(Decoder):
         n_ctx: tokens of a text
 
     Attributes:
-        rows: F32 [vocabulary, columns], where each site begins at a multiple of `file_format.ALIGNMENT` columns. Rows must be set
-            before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
+        rows: F32 [vocabulary, columns], where each site begins at a multiple of `file_format.ALIGNMENT` columns. Rows must be
+            set before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
 
     Raises:
         FirstLayerError: as `Decoder`.

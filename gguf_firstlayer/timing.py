@@ -107,7 +107,7 @@ def pinning(run: Decoder, n_threads: int) -> Iterator[bool]:
                 os.sched_setaffinity(thread, allowed)
 
 
-def waited(n_threads: int) -> float:
+def seconds_waited(n_threads: int) -> float:
     """Seconds, averaged over threads, that those of this process have waited for a processor, or the machine for its host."""
     try:
         stats = [(entry / "schedstat").read_text() for entry in Path("/proc/self/task").iterdir()]
@@ -155,9 +155,9 @@ def take_turns(
             run.time(tokens[:1], 1)
             if not run.keep(context):
                 fill(run, tokens, context)
-        before = waited(n_threads)
+        before = seconds_waited(n_threads)
         elapsed = run.time(np.resize(np.roll(tokens, -first), n), batch)
-        return elapsed / n, (waited(n_threads) - before) / elapsed
+        return elapsed / n, (seconds_waited(n_threads) - before) / elapsed
 
     # warm-up, which also tells how long a block takes
     n = max(batch, BLOCK_TOKENS // batch * batch)
