@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, compare, convert, run
 from gguf import GGUFReader, GGUFWriter
+from support.builds import PATCHED, compare, run
+from support.models import convert
 
 
 def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import PATCHED, ROOT, STOCK, openai_client
+from support.builds import ROOT, STOCK
+from support.servers import openai_client
+
+from gguf_firstlayer import paths
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
@@ -59,7 +62,7 @@ def test_it_is_the_module_itself():
         "assert ours is llama_cpp is gguf_firstlayer.llama_cpp and Llama is llama_cpp.Llama\n"
         "print(llama_cpp.llama_cpp._lib._name)"
     )
-    assert done.stdout.strip() == str(PATCHED / "libllama.so"), done.stderr
+    assert done.stdout.strip() == str(paths()["libllama"]), done.stderr
 
 
 @pytest.mark.parametrize(

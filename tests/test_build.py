@@ -7,7 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import PATCHED, ROOT, STOCK
+from support.builds import PATCHED, ROOT, STOCK
+
+from gguf_firstlayer.installation import library_name
 
 PATCH = ROOT / "patches" / "hooks.patch"
 PATCHED_FILES = re.findall(r"^\+\+\+ b/(\S+)", PATCH.read_text(), re.MULTILINE)
@@ -26,8 +28,8 @@ def test_hooks_stay_small():
 
 def test_stock_is_unpatched():
     symbols = b"llama_firstlayer_open"
-    assert symbols not in (STOCK / "libllama.so").read_bytes()
-    assert symbols in (PATCHED / "libllama.so").read_bytes()
+    assert symbols not in (STOCK / library_name("llama")).read_bytes()
+    assert symbols in (PATCHED / library_name("llama")).read_bytes()
 
 
 def test_checkout_is_used_and_not_modified(tmp_path):

@@ -11,7 +11,9 @@ from typing import Any
 
 import json_schema
 import pytest
-from conftest import PATCHED, ROOT, cli, refusal
+import study_page
+from support.builds import PATCHED, ROOT
+from support.command_line import cli, refusal
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.__main__ import VERBS
@@ -55,8 +57,14 @@ def test_run_becomes_the_tool(smollm_flp):
 
 
 def test_json_is_documented():
-    """Fails if a result has other keys or types than the page says; `python tests/json_schema.py` writes it anew."""
+    """Fails if a result has other keys or types than the page says; `scripts/docs json` writes it anew."""
     assert json_schema.PAGE.read_text() == json_schema.page()
+
+
+def test_study_is_drawn_from_its_figures():
+    """In a clone, without measuring; `scripts/docs study --draw` writes page and plots anew."""
+    figures = json.loads((ROOT / "docs" / "study.json").read_text())
+    assert study_page.page(figures) == (ROOT / "docs" / "study.md").read_text()
 
 
 def test_readme_commands_exist():

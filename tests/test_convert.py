@@ -9,8 +9,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, cli, convert, rewrite
 from gguf import GGUFReader
+from support.builds import ROOT
+from support.command_line import cli
+from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError, inspect, paths
 from gguf_firstlayer.file_format import fitting, layout

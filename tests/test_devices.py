@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, both, convert, free_port, run
+from support.builds import PATCHED, ROOT, both, run
+from support.models import convert
+from support.servers import free_port
 
 from gguf_firstlayer.file_format import TYPES
 

@@ -6,7 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PATCHED, REPORT, ROOT, compare, convert, divergence, run
+from support.builds import PATCHED, ROOT, compare, run
+from support.figures import REPORT, divergence
+from support.models import convert
 
 from gguf_firstlayer import inspect
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATCHED, ROOT
+from support.builds import PATCHED, ROOT
 
 from gguf_firstlayer.runtime import Analysis
 

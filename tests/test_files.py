@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from architectures import differences
-from conftest import PATCHED, REPORT, cli, compare, convert, refusal, rewrite
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from support.builds import PATCHED, compare
+from support.command_line import cli, refusal
+from support.figures import REPORT
+from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError, inspect
 from gguf_firstlayer.file_format import TYPES

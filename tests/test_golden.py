@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import PATCHED, ROOT, STOCK, convert, run
 from gguf import GGUFReader
+from support.builds import PATCHED, ROOT, STOCK, run
+from support.models import convert
 from test_running import same, session
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPORT, ROOT, cli, convert, refusal, rewrite
-from counting import COUNTED, bytes_read, can_count, instructions
+from support.builds import ROOT
+from support.command_line import cli, refusal
+from support.counting import COUNTED, bytes_read, can_count, instructions
+from support.figures import REPORT
+from support.models import convert, rewrite
 
 from gguf_firstlayer import bench, paths, verify
 from gguf_firstlayer.auto import measure_again
@@ -40,6 +43,7 @@ from gguf_firstlayer.timing import Load, Ratio, ratio
 from gguf_firstlayer.verify import summary as verify_summary
 
 TEXT = ROOT / "docs" / "design.md"
+PATHS = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'scripts' / 'reports'}"}
 
 
 #
@@ -404,7 +408,7 @@ def test_instructions_fall_as_the_plan_says(parallel, tmp_path):
         "study.write_model(entry, Path(sys.argv[1]), study.Type.Q4_K)"
     )
     source = tmp_path / "model.gguf"
-    subprocess.run([sys.executable, "-c", code, source], cwd=ROOT / "tests", check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, source], env=PATHS, check=True, capture_output=True)
     converted = convert(source, tmp_path / "model-flp.gguf").output
     outline = of_file(source)
     total = sum(outline.products(use) for use in outline.uses)

@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import convert, openai_client
+from support.models import convert
+from support.servers import openai_client
 
 QUESTIONS = ["Name three colours.", "What is the capital of France?", "Write a line about the sea.", "Why is the sky blue?"]
 # how much of a prompt is cached decides on its batches, and so on last bits

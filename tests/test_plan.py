@@ -13,8 +13,10 @@ from pathlib import Path
 import gains
 import numpy as np
 import pytest
-from conftest import ROOT, cli, compare, convert, refusal
 from gguf import GGUFReader
+from support.builds import ROOT, compare
+from support.command_line import cli, refusal
+from support.models import convert
 from test_files import split
 
 from gguf_firstlayer import FirstLayerError, Shape, plan
@@ -109,7 +111,7 @@ def test_header_of_a_published_model(name, of_paper, headers):
 
 def test_gains_document_is_current(headers):
     """It also has to reproduce every model's number of parameters."""
-    assert gains.DOC.read_text(encoding="utf-8") == gains.page(headers.values()), "run scripts/gains"
+    assert gains.DOC.read_text(encoding="utf-8") == gains.page(headers.values()), "run scripts/docs gains"
 
 
 def test_header_only_is_for_plans(headers):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATCHED, ROOT, STOCK
+from support.builds import PATCHED, ROOT, STOCK
 
 from gguf_firstlayer import bench
 from gguf_firstlayer.bench import BUSY, FASTER, IMPOSSIBLE, LIMITED, SLOWER, UNKNOWN, summary
@@ -35,8 +35,9 @@ def pythia(tmp_path_factory) -> Path:
     """The folder above that of the model on the first screen."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").mkdir()
-    command = [sys.executable, ROOT / "tests" / "catalogue.py", "pythia-160m", "models/pythia-160m.gguf", "Q8_0"]
-    subprocess.run(command, cwd=folder, env=os.environ | {"LLAMA_CPP_LIB_PATH": str(PATCHED)}, check=True, capture_output=True)
+    command = [ROOT / "scripts" / "reports" / "catalogue.py", "pythia-160m", "models/pythia-160m.gguf", "Q8_0"]
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(PATCHED), "PYTHONPATH": str(ROOT / "tests")}
+    subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True, capture_output=True)
     return folder
 
 
@@ -82,3 +83,17 @@ def test_langchain(smollm, smollm_flp):
         texts.append(done.stdout)
     assert "Paris" in texts[0]
     assert texts[0] == texts[1]
+
+
+def test_table_of_models():
+    """The figures are those of docs/gains.md."""
+    gains = {}
+    for line in (ROOT / "docs" / "gains.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        gains[cells[0]] = cells
+    rows = [line.strip("|").split("|") for line in README.splitlines() if re.match(r"\| [\w.-]+ \| \+\d", line)]
+    assert len(rows) == 10
+    for name, decoding, prefill, file, device in ([cell.strip() for cell in row] for row in rows):
+        expected = gains[name]
+        assert [decoding, prefill] == [f"+{100 * (float(bound) - 1):.1f} %" for bound in expected[6:8]]
+        assert [file.replace(" ", ""), device] == expected[8:]

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, STOCK, cli, compare, convert, refusal, rewrite, run
 from gguf import GGUFReader
+from support.builds import PATCHED, ROOT, STOCK, compare, run
+from support.command_line import cli, refusal
+from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError
 from gguf_firstlayer.output import replacing

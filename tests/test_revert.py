@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from conftest import cli, convert, refusal
 from gguf import GGUFReader
+from support.command_line import cli, refusal
+from support.models import convert
 
 from gguf_firstlayer import FirstLayerError, revert
 

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, STOCK, both, compare, convert, free_port, run
 from gguf import GGUFReader, GGUFWriter, PoolingType
+from support.builds import PATCHED, ROOT, STOCK, both, compare, run
+from support.models import convert
+from support.servers import free_port
 
 FILE = ROOT / "tests" / "text.txt"
 TEXT = FILE.read_text()

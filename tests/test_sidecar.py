@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATCHED, STOCK, cli, convert, refusal, rewrite, run
 from gguf import GGMLQuantizationType, GGUFReader
+from support.builds import PATCHED, STOCK, run
+from support.command_line import cli, refusal
+from support.models import convert, rewrite
 from test_running import serve, session, tool
 
 from gguf_firstlayer import FirstLayerError, bench, inspect, verify

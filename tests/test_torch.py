@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PATCHED, ROOT, convert, run
 from gguf import GGUFReader
+from support.builds import PATCHED, ROOT, run
+from support.models import convert
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import PATCHED, ROOT, cli, compare, convert, divergence, log_softmax, refusal, rewrite, run
 from gguf import GGMLQuantizationType, GGUFReader
+from support.builds import PATCHED, ROOT, compare, run
+from support.command_line import cli, refusal
+from support.figures import divergence, log_softmax
+from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError, auto, inspect
 from gguf_firstlayer.file_format import TYPES, fitting

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from conftest import ROOT, STOCK
+from support.builds import ROOT, STOCK
 
 from gguf_firstlayer.cost import Plan, estimate, of_model, table_type
 from gguf_firstlayer.file_format import fitting
@@ -23,9 +23,9 @@ MATRICES, TABLES = "Q4_K", "q8_0"
 HEAD = """# Gains
 
 What `gguf-firstlayer plan` says of {count} models by their published shapes, the largest gain first. Written by
-`scripts/gains`: it lists each model's tensors in a GGUF header ([tests/catalogue.py](../tests/catalogue.py); their sum has to
-reproduce the published number of parameters), lets llama.cpp build the model's graph, and counts what that reads. Matrices
-are {matrices}, tables {tables}.
+`scripts/docs gains`: it lists each model's tensors in a GGUF header ([catalogue.py](../scripts/reports/catalogue.py); their sum
+has to reproduce the published number of parameters), lets llama.cpp build the model's graph, and counts what that reads.
+Matrices are {matrices}, tables {tables}.
 
 ## For whom this pays
 
@@ -62,8 +62,8 @@ Nothing to precompute:
 
 def headers(folder: Path) -> list[Path]:
     """Write headers of all models of the catalogue."""
-    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
-    command = [sys.executable, ROOT / "tests" / "catalogue.py", folder, MATRICES]
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK), "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, Path(__file__).with_name("catalogue.py"), folder, MATRICES]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return sorted(folder.iterdir())

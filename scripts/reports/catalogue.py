@@ -1,10 +1,10 @@
 """Published shapes of well-known language models, as GGUF hyperparameters, and header-only GGUF files of them.
 
-llama.cpp itself tells which tensors a model of these hyperparameters has, as in tests/random_models.py; kept here is which
-of the optional ones the real model lacks, and the published number of parameters, which their sum has to reproduce.
+llama.cpp itself tells which tensors a model of these hyperparameters has, as in tests/support/random_models.py; kept here is
+which of the optional ones the real model lacks, and the published number of parameters, which their sum has to reproduce.
 
-    python tests/catalogue.py FOLDER Q4_K             checks the sums, and writes all headers
-    python tests/catalogue.py NAME OUT.gguf Q4_K      writes one of the models, with random weights
+    python scripts/reports/catalogue.py FOLDER Q4_K             checks the sums, and writes all headers
+    python scripts/reports/catalogue.py NAME OUT.gguf Q4_K      writes one of the models, with random weights
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from random_models import InitParams, Shape, Value, add_keys, fuse, ggml, name_and_shape
+from support.random_models import InitParams, Shape, Value, add_keys, fuse, ggml, name_and_shape
 
 from gguf_firstlayer.file_format import fitting
 from gguf_firstlayer.runtime import library
@@ -121,7 +121,7 @@ def _created(path: Path) -> dict[str, Shape]:
     """The tensors that llama.cpp can use with the metadata of a file, without memory for them.
 
     It calls back for tensors that it wants the data of only. So its list of them is read, which its own tests read too: a C++
-    `std::vector<std::pair<std::string, ggml_tensor *>>`, as libstdc++ lays it out on 64 bits.
+    `std::vector<std::pair<std::string, ggml_tensor *>>`, as the system's C++ library lays it out on 64 bits.
     """
     metadata = ggml("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, InitParams)(
         str(path).encode(), InitParams(no_alloc=True)
@@ -135,10 +135,11 @@ def _created(path: Path) -> dict[str, Shape]:
     if not model:
         raise RuntimeError(f"llama.cpp makes no model of {path.name}")
 
-    get_list = ggml("_Z29llama_internal_get_tensor_mapB5cxx11PK11llama_model", ctypes.POINTER(ctypes.c_size_t), ctypes.c_void_p)
+    # libc++, and libstdc++: the name of the function, and the bytes that a string takes, after which comes the pointer
+    tag, size = ("", 24) if sys.platform == "darwin" else ("B5cxx11", 32)
+    get_list = ggml(f"_Z29llama_internal_get_tensor_map{tag}PK11llama_model", ctypes.POINTER(ctypes.c_size_t), ctypes.c_void_p)
     begin, end, _ = get_list(model)[:3]
-    # a string takes 32 bytes, the pointer follows
-    shapes = dict(name_and_shape(ctypes.c_size_t.from_address(pair + 32).value) for pair in range(begin, end, 40))
+    shapes = dict(name_and_shape(ctypes.c_size_t.from_address(pair + size).value) for pair in range(begin, end, size + 8))
     llama_cpp.llama_model_free(model)
     ggml("gguf_free", None, ctypes.c_void_p)(metadata)
     return shapes

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from conftest import PATCHED, ROOT
 from gains import headers, plan_of
+from support.builds import PATCHED, ROOT
 
 os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 import llama_cpp
@@ -34,7 +34,7 @@ PAGE = """# Hot rows
 
 Tables could hold the rows of the N most used tokens only. A batch of such tokens would take the lookup; any other would compute,
 so the weights would have to stay. It was measured what that would give before writing it; it was left out for what is below.
-Written by `scripts/hot-rows`.
+Written by `scripts/docs hot-rows`.
 
 ## What N rows hit
 

@@ -1,4 +1,4 @@
-"""docs/json.md, written from the docstrings of the results: `python tests/json_schema.py`."""
+"""docs/json.md, written from the docstrings of the results: `scripts/docs json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf_firstlayer as package
 from gguf_firstlayer import FirstLayerError  # noqa: F401 (imports all modules)
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "json.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "json.md"
 RESULTS = {
     "plan": package.Plan,
     "convert": package.Conversion,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import ROOT, compare, convert, write_archs
+from support.builds import ROOT, compare
+from support.models import convert, write_archs
 
 from gguf_firstlayer import FirstLayerError
 
@@ -20,10 +21,10 @@ DOC = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures
 
 Tiny random models of every architecture that llama.cpp {commit} can run from a file, converted with tables of F32 and compared
-with the unpatched library. Written by `scripts/architectures`, and checked against the code by `tests/test_architectures.py`.
-Not in the table are clip, which llama.cpp takes as a projector only, gptj, for which it has no graph, and gemma4-assistant,
-which runs only beside the model it drafts for. Sites are named after nodes of llama.cpp's graph, with the values per token of
-these tiny models.
+with the unpatched library. Written by `scripts/docs architectures`, and checked against the code by
+`tests/test_architectures.py`. Not in the table are clip, which llama.cpp takes as a projector only, gptj, for which it has no
+graph, and gemma4-assistant, which runs only beside the model it drafts for. Sites are named after nodes of llama.cpp's graph,
+with the values per token of these tiny models.
 
 *Exactness* is that of logits, or of embeddings where a model has no logits: *all batches* means the unpatched library's bit for
 bit in batches of 1, 2, 7 and 64 tokens; *from 2* means bit for bit in batches of two or more, and for single tokens, for which

@@ -15,7 +15,7 @@ import numpy as np
 from gguf_firstlayer.decoder import Decoder
 
 # valgrind knows no AVX-512, which the other builds use where there is some
-COUNTED = Path(__file__).resolve().parent.parent / "build" / "counted" / "bin"
+COUNTED = Path(__file__).resolve().parent.parent.parent / "build" / "counted" / "bin"
 TOKENS = (2, 6)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
-from conftest import PATCHED, ROOT
+from support.builds import PATCHED, ROOT
 
 from gguf_firstlayer import auto
 from gguf_firstlayer.file_format import TYPES, Measurement, fitting, layout
@@ -29,7 +29,7 @@ TABLES = ("mxfp4", "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 PAGE = """# Types of tables
 
 Which type of table loses nothing, measured on SmolLM2-135M-Instruct in all quantizations from F16 to Q2_K that need no
-importance matrix. llama-quantize made them from a dequantized copy of the Q4_1 model. Written by `scripts/types`.
+importance matrix. llama-quantize made them from a dequantized copy of the Q4_1 model. Written by `scripts/docs types`.
 
 ## How `--type auto` chooses
 

@@ -1,0 +1,54 @@
+"""The two builds of llama.cpp, stock and patched, and models that run on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gguf_firstlayer import paths
+
+# tools compute on the processor unless a test says otherwise: devices round otherwise, which exactness is not about
+os.environ |= {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_N_GPU_LAYERS": "0", "LLAMA_ARG_N_GPU_LAYERS_DRAFT": "0"}
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+STOCK = ROOT / "build" / "stock" / "bin"
+
+PATCHED = paths()["libllama"].parent
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
+    """Results of the jobs of worker.py on a build of llama.cpp, in a process of its own."""
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as out:
+        command = [sys.executable, str(WORKER), out.name]
+        text = json.dumps(jobs, default=str)
+        done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return pickle.load(out)
+
+
+def both(function: Callable[[Any], Any], *arguments: Any) -> tuple[Any, ...]:
+    """Results of a function for two arguments, computed at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(function, arguments))
+
+
+def compare(source: Path, converted: Path, *jobs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Pairs of results: of the stock library on the source, and of the patched one on the converted model."""
+
+    def results(side: tuple[Path, Path]) -> list[Any]:
+        build, model = side
+        return run(build, *(job | {"model": model} for job in jobs))
+
+    return list(zip(*both(results, (STOCK, source), (PATCHED, converted)), strict=True))

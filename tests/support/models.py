@@ -1,0 +1,62 @@
+"""Models for tests: converted, changed, and tiny ones of every architecture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+
+import gguf_firstlayer
+from gguf_firstlayer import Conversion
+from support.builds import ROOT, STOCK
+
+
+def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
+    """Convert a model without measuring it."""
+    return gguf_firstlayer.convert(source, output, type=type, **options)
+
+
+def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset()) -> Path:
+    """Copy a GGUF file, changing values of keys and tensors: the callbacks get name and value and return the new value.
+
+    change_type: ggml type of the bytes that `change_tensor` returns instead of numbers
+    """
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "unused")
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF."):
+            continue
+        value = field.contents()
+        if value == []:
+            continue  # GGUFWriter has no empty arrays
+        value = change_key(name, value) if change_key else value
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name in drop:
+            continue
+        data = change_tensor(tensor.name, tensor.data) if change_tensor else tensor.data
+        kind = tensor.tensor_type if data.dtype == tensor.data.dtype else change_type if data.dtype == np.uint8 else None
+        writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def write_archs(folder: Path) -> None:
+    """Write tiny random models of every architecture: llama.cpp's own test writes some, random_models.py the others."""
+    subprocess.run([STOCK / "test-llama-archs", "-s", "1", "-o", folder], check=True, capture_output=True)
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "random_models.py", folder],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
