@@ -15,7 +15,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
 
-    struct llama_firstlayer_analysis * an = llama_firstlayer_open(argv[1], 32, 0, false);
+    struct llama_firstlayer_analysis * an = llama_firstlayer_init(argv[1], 32, 0, false);
     if (!an) {
         fprintf(stderr, "%s\n", llama_firstlayer_error());
         return 1;
@@ -41,6 +41,6 @@ int main(int argc, char ** argv) {
     }
 
     free(rows);
-    llama_firstlayer_close(an);
+    llama_firstlayer_free(an);
     return failed;
 }

@@ -57,7 +57,7 @@ CELL_SECONDS = 16.0
 MAX_TOKENS = 1 << 20
 
 
-UNKNOWN, FASTER, SLOWER = "no difference that could be told", "faster", "slower"
+UNKNOWN, FASTER, SLOWER = "no significant difference", "faster", "slower"
 LIMITED = "faster; what is beyond the bound does not count"
 IMPOSSIBLE, BUSY = "noise, beyond what tables can gain", "no verdict, the machine was busy with other work"
 
@@ -362,7 +362,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
     parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one on each processor")
-    parser.add_argument("--limit", action="store_true", help="also measure constants instead of lookups: the ceiling")
+    parser.add_argument(
+        "--ceiling", action="store_true", help="also measure constants instead of lookups: no gain can be larger"
+    )
+    parser.add_argument("--limit", action="store_true", dest="ceiling", help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--random-tokens", action="store_true", help="random ids instead of the tokens of a text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot of the ratios there")
@@ -382,7 +385,7 @@ def main(args: argparse.Namespace) -> int:
         batches=args.batch,
         contexts=args.context,
         threads=args.threads or 0,
-        limit=args.limit,
+        limit=args.ceiling,
         random_tokens=args.random_tokens,
     )
     print(to_json(result) if args.json else summary(result))

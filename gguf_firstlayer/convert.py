@@ -246,22 +246,22 @@ def _check_room(job: _Job, costs: CostModel, types: auto.SiteTypes) -> None:
 
 
 def summary(result: Conversion) -> str:
-    """What was eliminated and what the file gained, one line each."""
+    """What was elided and what the file gained, one line each."""
     names = ", ".join(site.name for site in result.sites)
-    eliminated = sum(weight.bytes for weight in result.elided)
+    elided = sum(weight.bytes for weight in result.elided)
     change = result.output_bytes - result.source_bytes
     table_bytes = sum(table.bytes for table in result.tables)
     types = {site.name: result.tables[site.table].type.name.lower() for site in result.sites}
     command = [*program(), "run", "main", "-m", result.source if result.sidecar else result.output]
     command += ["--firstlayer", result.output] if result.sidecar else []
-    what = "not loaded" if result.sidecar else "eliminated"
+    what = "not loaded" if result.sidecar else "elided"
     before, after = size_text(result.source_bytes), size_text(result.output_bytes)
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
     verb = "comes" if len(result.sites) == 1 else "come"
     listed = ", ".join([*(weight.name for weight in result.elided[:LISTED]), *["..."][: len(result.elided) > LISTED]])
     lines = [
         f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
-        f"{what}: {count(len(result.elided), 'weight')}, {size_text(eliminated)} ({listed or option('keep_weights', True)})",
+        f"{what}: {count(len(result.elided), 'weight')}, {size_text(elided)} ({listed or option('keep_weights', True)})",
         *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
         *(f"left out by {option('max_growth')}: {describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),

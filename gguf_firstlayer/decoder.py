@@ -18,7 +18,7 @@ Self = TypeVar("Self", bound="Decoder")
 
 
 class Decoder:
-    """A model with its weights that decodes one text (`llama_firstlayer_run_open`). A context manager.
+    """A model with its weights that decodes one text (`llama_firstlayer_run_init`). A context manager.
 
     Args:
         path: of the model
@@ -46,7 +46,7 @@ class Decoder:
         self._library.errors.clear()
         analysis = _rows_of.handle if _rows_of else None
         with undisturbed(), self._library.tables(tables):
-            self.handle = self._library.llama.llama_firstlayer_run_open(
+            self.handle = self._library.llama.llama_firstlayer_run_init(
                 os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
             )
         if not self.handle:
@@ -90,7 +90,7 @@ class Decoder:
         """Free the model; the object must not be used any more."""
         if self.handle:
             with undisturbed():
-                self._library.llama.llama_firstlayer_run_close(self.handle)
+                self._library.llama.llama_firstlayer_run_free(self.handle)
             self.handle = None
 
     def __enter__(self: Self) -> Self:

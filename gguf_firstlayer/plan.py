@@ -63,7 +63,7 @@ def text(result: Plan) -> str:
 
     lines += [f"site {describe_price(site)}" for site in result.sites]
     lines += [
-        f"eliminated: {count(result.weights_eliminated, 'weight')}, {size_text(result.bytes_eliminated)};"
+        f"elided: {count(result.weights_eliminated, 'weight')}, {size_text(result.bytes_eliminated)};"
         f" {result.values_eliminated:,} values in matrices",
         "",
         f"{'read per batch':>14} {'values without':>16} {'with':>14} {'reduction':>10} {'bytes without':>14} {'with':>10}",

@@ -133,7 +133,7 @@ class Library:
         except OSError as err:
             raise FirstLayerError(f"the patched llama.cpp cannot be loaded ({err}); build it again") from err
         load_backends()
-        if not hasattr(self.llama, "llama_firstlayer_open"):
+        if not hasattr(self.llama, "llama_firstlayer_init"):
             raise FirstLayerError(f"{found['libllama']} is not patched; build again without -DFIRSTLAYER=OFF")
 
         self.errors: list[str] = []
@@ -150,8 +150,8 @@ class Library:
         floats, flag = ctypes.POINTER(ctypes.c_float), ctypes.c_bool
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
-            "llama_firstlayer_open": (handle, [text, i32, i32, flag]),
-            "llama_firstlayer_close": (None, [handle]),
+            "llama_firstlayer_init": (handle, [text, i32, i32, flag]),
+            "llama_firstlayer_free": (None, [handle]),
             "llama_firstlayer_n_vocab": (i32, [handle]),
             "llama_firstlayer_n_sites": (i32, [handle]),
             "llama_firstlayer_get_site": (i32, [handle, i32, ctypes.POINTER(_CSite)]),
@@ -164,8 +164,8 @@ class Library:
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
-            "llama_firstlayer_run_open": (handle, [text, i32, i32, i32, flag, handle]),
-            "llama_firstlayer_run_close": (None, [handle]),
+            "llama_firstlayer_run_init": (handle, [text, i32, i32, i32, flag, handle]),
+            "llama_firstlayer_run_free": (None, [handle]),
             "llama_firstlayer_run_n_vocab": (i32, [handle]),
             "llama_firstlayer_run_rows": (floats, [handle]),
             "llama_firstlayer_run_decode": (floats, [handle, handle, i32]),
@@ -283,7 +283,7 @@ def library() -> Library:
 
 
 class Analysis:
-    """The sites of a model file (`llama_firstlayer_open`). A context manager.
+    """The sites of a model file (`llama_firstlayer_init`). A context manager.
 
     Only metadata is read until `rows` is called, which maps the weights of the sites.
 
@@ -308,7 +308,7 @@ class Analysis:
         self._library = library()
         self._library.errors.clear()
         with undisturbed():
-            self.handle = self._library.llama.llama_firstlayer_open(os.fsencode(path), n_batch, 0, load_vocab)
+            self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, 0, load_vocab)
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
 
@@ -375,7 +375,7 @@ class Analysis:
         """Free the model; the object must not be used any more."""
         if self.handle:
             with undisturbed():
-                self._library.llama.llama_firstlayer_close(self.handle)
+                self._library.llama.llama_firstlayer_free(self.handle)
             self.handle = None
 
     def __enter__(self) -> Analysis:

@@ -345,12 +345,25 @@ def test_bounds_of_batches(smollm):
 
 def test_bench_from_the_command_line(llama, llama_flp, tmp_path):
     done = cli(
-        "bench", llama, llama_flp, "--batch", "1,4", "--context", "8", "--threads", 1, "--json", "--plot", tmp_path / "plots"
+        "bench",
+        llama,
+        llama_flp,
+        "--batch",
+        "1,4",
+        "--context",
+        "8",
+        "--threads",
+        1,
+        "--json",
+        "--limit",
+        "--plot",
+        tmp_path / "plots",
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [cell["batch"] for cell in result["cells"]] == [1, 4]
     assert result["threads"] == 1
+    assert result["cells"][0]["limit"]  # what --ceiling was called once
     (plot,) = (tmp_path / "plots").iterdir()
     assert plot.read_bytes().startswith(b"\x89PNG")
 

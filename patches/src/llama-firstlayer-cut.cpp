@@ -97,7 +97,7 @@ struct flow_network {
 int64_t llama_firstlayer_walk::bytes_read(const ggml_tensor * t) const {
     int64_t res = 0;
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (t->src[i] && get(t->src[i]).kind == KIND_CONSTANT) {
+        if (t->src[i] && get(t->src[i]).kind == PURITY_CONSTANT) {
             const use cur = make_use(t, i);
             res += ggml_nbytes(cur.operand) / cur.n_slices * cur.n_used;
         }
@@ -109,7 +109,7 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
     std::unordered_map<const ggml_tensor *, int> index;
     std::vector<ggml_tensor *>                   pure;
     for (ggml_tensor * t : nodes) {
-        if (get(t).kind == KIND_PURE && (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        if (get(t).kind == PURITY_PURE && (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             index[t] = pure.size();
             pure.push_back(t);
         }
@@ -133,7 +133,7 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
 
         bool first_product = get(t).product;
         for (const ggml_tensor * src : t->src) {
-            first_product = first_product && !(src && get(src).kind == KIND_PURE && get(src).product);
+            first_product = first_product && !(src && get(src).kind == PURITY_PURE && get(src).product);
 
             const auto it = index.find(src);
             if (it != index.end()) {
@@ -153,7 +153,7 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
         }
     }
     for (ggml_tensor * t : nodes) {
-        if (get(t).kind != KIND_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        if (get(t).kind != PURITY_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
         for (const ggml_tensor * src : t->src) {

@@ -93,7 +93,7 @@ void llama_firstlayer_walk::print(const ggml_tensor *                           
                                   int &                                          n_labels,
                                   std::string &                                  out) const {
     if (t->op == GGML_OP_NONE) {
-        out += get(t).kind == KIND_PURE ? "tokens" : t->name;
+        out += get(t).kind == PURITY_PURE ? "tokens" : t->name;
         return;
     }
 

@@ -73,9 +73,12 @@ bool llama_firstlayer_walk::translate_layout(const ggml_tensor * t,
     return true;
 }
 
-static void make_view(ggml_tensor * t, const llama_firstlayer_walk::slot & slot, const size_t * nb, size_t offset) {
-    t->view_src  = slot.rows;
-    t->view_offs = slot.offset + offset;
+static void make_view(ggml_tensor *                          t,
+                      const llama_firstlayer_walk::row_ref & row_ref,
+                      const size_t *                         nb,
+                      size_t                                 offset) {
+    t->view_src  = row_ref.rows;
+    t->view_offs = row_ref.offset + offset;
     std::copy_n(nb, GGML_MAX_DIMS, t->nb);
     if (t->op != GGML_OP_PERMUTE && t->op != GGML_OP_TRANSPOSE) {
         t->op = GGML_OP_VIEW;
@@ -85,7 +88,7 @@ static void make_view(ggml_tensor * t, const llama_firstlayer_walk::slot & slot,
 
 void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
                                          ggml_tensor *      site,
-                                         const slot &       slot,
+                                         const row_ref &    row_ref,
                                          const tensor_set & is_live,
                                          const tensor_set & cut) const {
     struct layout {
@@ -94,7 +97,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
         size_t        offset;
     };
 
-    const size_t stride = slot.rows->nb[1];
+    const size_t stride = row_ref.rows->nb[1];
 
     // the site and the layout operations on it become views of the rows, if their consumers can read them there
     std::vector<layout> layouts;
@@ -104,7 +107,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     bool                as_views  = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
 
     // who reads a view reads values with gaps between the tokens in any case
-    const bool aligned = stride % 16 == 0 && slot.offset % 16 == 0;  // as kernels that read float4 want it
+    const bool aligned = stride % 16 == 0 && row_ref.offset % 16 == 0;  // as kernels that read float4 want it
     const bool gaps_ok = unchanged || memory != site;
 
     size_t nb[GGML_MAX_DIMS];
@@ -112,7 +115,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     layouts.push_back({ site, {}, 0 });
     std::copy_n(unchanged ? site->nb : nb, GGML_MAX_DIMS, layouts.back().nb);
 
-    for (ggml_tensor * t : near) {
+    for (ggml_tensor * t : affected) {
         if (cut.count(t) || !is_live.count(t)) {
             continue;
         }
@@ -140,30 +143,30 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
 
     if (!as_views) {
         site->op     = GGML_OP_CONT;
-        site->src[0] = ggml_view_4d(ctx, slot.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1], nb[2],
-                                    nb[3], slot.offset);
+        site->src[0] = ggml_view_4d(ctx, row_ref.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1], nb[2],
+                                    nb[3], row_ref.offset);
         return;
     }
 
     site->op     = GGML_OP_VIEW;
-    site->src[0] = slot.rows;
+    site->src[0] = row_ref.rows;
     for (const auto & cur : layouts) {
-        make_view(cur.t, slot, cur.nb, cur.offset);
+        make_view(cur.t, row_ref, cur.nb, cur.offset);
     }
 }
 
-void llama_firstlayer_walk::replace(ggml_context *                                  ctx,
-                                    ggml_cgraph *                                   gf,
-                                    const std::unordered_map<ggml_tensor *, slot> & slots) const {
+void llama_firstlayer_walk::replace(ggml_context *                                     ctx,
+                                    ggml_cgraph *                                      gf,
+                                    const std::unordered_map<ggml_tensor *, row_ref> & row_refs) const {
     tensor_set cut;
-    for (const auto & [site, _] : slots) {
+    for (const auto & [site, _] : row_refs) {
         cut.insert(site);
     }
-    const tensor_set is_live = live_near(cut);
+    const tensor_set is_live = live_affected(cut);
 
-    for (ggml_tensor * t : near) {
-        const auto it = slots.find(t);
-        if (it != slots.end() && is_live.count(t)) {
+    for (ggml_tensor * t : affected) {
+        const auto it = row_refs.find(t);
+        if (it != row_refs.end() && is_live.count(t)) {
             replace_site(ctx, t, it->second, is_live, cut);
         }
     }
@@ -178,22 +181,22 @@ void llama_firstlayer_walk::replace(ggml_context *                              
     }
 
     // lookups come first: between nodes on a device, each would cost it a stop
-    for (ggml_tensor * t : near) {
+    for (ggml_tensor * t : affected) {
         if (!is_live.count(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
-        const auto it = slots.find(t);
-        if (it != slots.end()) {
+        const auto it = row_refs.find(t);
+        if (it != row_refs.end()) {
             ggml_tensor * rows = it->second.rows;
             ggml_build_forward_expand(gf, rows->op == GGML_OP_CONT ? rows->src[0] : rows);
-        } else if (get(t).kind == KIND_PURE && t->op == GGML_OP_GET_ROWS) {
+        } else if (get(t).kind == PURITY_PURE && t->op == GGML_OP_GET_ROWS) {
             ggml_build_forward_expand(gf, t);
         }
     }
 
     // the impure nodes keep their order
     for (ggml_tensor * t : nodes) {
-        if (get(t).kind != KIND_IMPURE && !(t->flags & GGML_TENSOR_FLAG_OUTPUT)) {
+        if (get(t).kind != PURITY_IMPURE && !(t->flags & GGML_TENSOR_FLAG_OUTPUT)) {
             continue;
         }
         if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {

@@ -3,7 +3,7 @@
 #include "ggml-cpp.h"
 #include "llama-context.h"
 #include "llama-cpp.h"
-#include "llama-firstlayer-api.h"
+#include "llama-firstlayer-guard.h"
 #include "llama-firstlayer.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -156,7 +156,7 @@ bool llama_firstlayer_run::keep(int32_t n) {
     return true;
 }
 
-llama_firstlayer_run * llama_firstlayer_run_open(const char *                      path_model,
+llama_firstlayer_run * llama_firstlayer_run_init(const char *                      path_model,
                                                  int32_t                           n_ctx,
                                                  int32_t                           n_batch,
                                                  int32_t                           n_threads,
@@ -167,7 +167,7 @@ llama_firstlayer_run * llama_firstlayer_run_open(const char *                   
         (llama_firstlayer_run *) nullptr);
 }
 
-void llama_firstlayer_run_close(llama_firstlayer_run * run) {
+void llama_firstlayer_run_free(llama_firstlayer_run * run) {
     delete run;
 }
 

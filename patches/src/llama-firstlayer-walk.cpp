@@ -46,7 +46,7 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         n_tokens = t->ne[0];
 
         info cur;
-        cur.kind   = KIND_PURE;
+        cur.kind   = PURITY_PURE;
         cur.axes   = 0xf;
         cur.stride = ggml_element_size(t);
         infos[t]   = cur;
@@ -57,17 +57,18 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         ggml_tensor * t = ggml_graph_node(gf, i);
         nodes.push_back(t);
 
-        info cur     = classify(t);
-        bool is_near = cur.kind == KIND_PURE;
-        for (int j = 0; j < GGML_MAX_SRC && !is_near; ++j) {
+        info cur         = classify(t);
+        bool is_affected = cur.kind == PURITY_PURE;
+        for (int j = 0; j < GGML_MAX_SRC && !is_affected; ++j) {
             const ggml_tensor * src = t->src[j];
-            is_near = src && src != t && src->op != GGML_OP_NONE && (get(src).kind == KIND_PURE || get(src).alias);
+            is_affected =
+                src && src != t && src->op != GGML_OP_NONE && (get(src).kind == PURITY_PURE || get(src).alias);
         }
-        cur.alias = is_near && cur.kind == KIND_IMPURE && is_layout_op(t);
-        if (is_near) {
-            near.push_back(t);
+        cur.alias = is_affected && cur.kind == PURITY_IMPURE && is_layout_op(t);
+        if (is_affected) {
+            affected.push_back(t);
         }
-        if (cur.kind != KIND_IMPURE || cur.alias) {
+        if (cur.kind != PURITY_IMPURE || cur.alias) {
             infos[t] = cur;
         }
     }
@@ -75,7 +76,7 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
 
 const llama_firstlayer_walk::info & llama_firstlayer_walk::get(const ggml_tensor * t) const {
     static const info impure;
-    static const info constant{ KIND_CONSTANT };
+    static const info constant{ PURITY_CONSTANT };
 
     const auto it = infos.find(t);
     if (it != infos.end()) {
@@ -101,12 +102,12 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
             continue;
         }
         const info & cur = get(src);
-        if (cur.kind == KIND_IMPURE) {
+        if (cur.kind == PURITY_IMPURE) {
             return res;
         }
         n_src++;
-        pure        = pure || cur.kind == KIND_PURE;
-        constant    = constant && cur.kind == KIND_CONSTANT;
+        pure        = pure || cur.kind == PURITY_PURE;
+        constant    = constant && cur.kind == PURITY_CONSTANT;
         res.product = res.product || cur.product;
     }
 
@@ -115,7 +116,7 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
     }
 
     if (constant) {
-        res.kind = KIND_CONSTANT;
+        res.kind = PURITY_CONSTANT;
         return res;
     }
 
@@ -126,7 +127,7 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
         return info();
     }
 
-    res.kind = KIND_PURE;
+    res.kind = PURITY_PURE;
 
     if (!is_layout_op(t)) {
         // the result of a computation is contiguous: the values of a token lie together if no axis of theirs is above
@@ -160,7 +161,7 @@ llama_firstlayer_operand llama_firstlayer_walk::operand(const ggml_tensor * t) c
         return {};
     }
     const info & cur = get(t);
-    return { t, cur.kind == KIND_PURE, cur.kind == KIND_CONSTANT, cur.axes };
+    return { t, cur.kind == PURITY_PURE, cur.kind == PURITY_CONSTANT, cur.axes };
 }
 
 // the operations that compute a row of the result from the same row of their operands
@@ -265,7 +266,7 @@ bool llama_firstlayer_walk::map_view(const ggml_tensor * t,
 bool llama_firstlayer_walk::can_be_site(const ggml_tensor * t) const {
     const info & cur = get(t);
     // the values of a token must be the ones along axis 0
-    return cur.kind == KIND_PURE && cur.product && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
+    return cur.kind == PURITY_PURE && cur.product && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
            !operand(t).spans(0);
 }
 
@@ -276,7 +277,7 @@ std::string llama_firstlayer_walk::hint(const std::string & recipe, int64_t widt
 std::vector<ggml_tensor *> llama_firstlayer_walk::candidates(const std::unordered_set<std::string> & hints) const {
     std::vector<ggml_tensor *> res;
 
-    for (ggml_tensor * t : near) {
+    for (ggml_tensor * t : affected) {
         if (can_be_site(t) && hints.count(hint(op_name(t), width(t)))) {
             res.push_back(t);
         }
@@ -331,24 +332,24 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live(const tensor_set &
     std::vector<const ggml_tensor *> roots;
     for (const ggml_tensor * t : nodes) {
         if ((t->flags & GGML_TENSOR_FLAG_COMPUTE) &&
-            (get(t).kind == KIND_IMPURE || (t->flags & GGML_TENSOR_FLAG_OUTPUT))) {
+            (get(t).kind == PURITY_IMPURE || (t->flags & GGML_TENSOR_FLAG_OUTPUT))) {
             roots.push_back(t);
         }
     }
     return reach(std::move(roots), cut);
 }
 
-llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live_near(const tensor_set & cut) const {
+llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live_affected(const tensor_set & cut) const {
     std::vector<const ggml_tensor *> roots;
     std::vector<const ggml_tensor *> readers;
-    for (const ggml_tensor * t : near) {
+    for (const ggml_tensor * t : affected) {
         if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
-        if (get(t).kind == KIND_IMPURE) {
+        if (get(t).kind == PURITY_IMPURE) {
             readers.push_back(t);
             std::copy_if(std::begin(t->src), std::end(t->src), std::back_inserter(roots),
-                         [&](const ggml_tensor * src) { return src && get(src).kind == KIND_PURE; });
+                         [&](const ggml_tensor * src) { return src && get(src).kind == PURITY_PURE; });
         } else if (t->flags & GGML_TENSOR_FLAG_OUTPUT) {
             roots.push_back(t);
         }
@@ -356,81 +357,4 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::live_near(const tensor_
     tensor_set res = reach(std::move(roots), cut);
     res.insert(readers.begin(), readers.end());
     return res;
-}
-
-llama_firstlayer_walk::use llama_firstlayer_walk::make_use(const ggml_tensor * t, int i_src) const {
-    const ggml_tensor * src = t->src[i_src];
-
-    use res = { t, src, 1, 1, 0 };
-    if (i_src > 0) {
-        return res;
-    }
-    const auto & op = llama_firstlayer_get_op(t);
-    if (op.is(LLAMA_FIRSTLAYER_OP_PICKS_ROWS)) {
-        res.n_slices = ggml_nrows(src);
-        res.n_used   = std::max<int64_t>(1, ggml_nelements(t->src[1]) / n_tokens);
-    }
-    if (op.is(LLAMA_FIRSTLAYER_OP_PICKS_EXPERT)) {
-        res.n_slices = src->ne[2];
-        res.n_used   = t->src[2]->ne[0];
-    }
-    if (op.is(LLAMA_FIRSTLAYER_OP_PRODUCT)) {
-        res.multiply_adds = src->ne[0] * ggml_nelements(t);
-    }
-    return res;
-}
-
-std::vector<llama_firstlayer_walk::use> llama_firstlayer_walk::uses() const {
-    std::vector<use> res;
-    for (const ggml_tensor * t : nodes) {
-        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE) || get(t).kind == KIND_CONSTANT) {
-            continue;
-        }
-        for (int i = 0; i < GGML_MAX_SRC; ++i) {
-            if (t->src[i] && get(t->src[i]).kind == KIND_CONSTANT) {
-                res.push_back(make_use(t, i));
-            }
-        }
-    }
-    return res;
-}
-
-std::string llama_firstlayer_walk::blocker() const {
-    for (const ggml_tensor * t : nodes) {
-        if (get(t).kind != KIND_IMPURE || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-            continue;
-        }
-
-        bool                             reads_tokens = false;
-        std::vector<const ggml_tensor *> stack;
-        for (const ggml_tensor * src : t->src) {
-            if (src == nullptr) {
-                continue;
-            }
-            if (get(src).kind == KIND_PURE) {
-                reads_tokens = true;
-            } else {
-                stack.push_back(src);
-            }
-        }
-        if (!reads_tokens) {
-            continue;
-        }
-
-        std::set<std::string> mixed;
-        for (const ggml_tensor * src : reach(std::move(stack), {})) {
-            if (src->op == GGML_OP_NONE && get(src).kind == KIND_IMPURE) {
-                mixed.insert(std::string(src->name).rfind("leaf_", 0) == 0 ? "an unnamed input" : src->name);
-            }
-        }
-
-        std::string names;
-        for (const auto & name : mixed) {
-            names += (names.empty() ? "" : ", ") + name;
-        }
-        return format("%s '%s' mixes the embedding with %s before any matrix product", ggml_op_desc(t), t->name,
-                      names.empty() ? "the rows of other tokens" : names.c_str());
-    }
-
-    return "no node of its graph depends on the token ids";
 }

@@ -25,7 +25,7 @@ class llm_graph_result;
 // table.
 struct llama_firstlayer_walk {
     // where the rows of a site are found
-    struct slot {
+    struct row_ref {
         ggml_tensor * rows;    // F32 [row width, n_tokens]
         size_t        offset;  // of the site's first value in a row, in bytes
     };
@@ -76,17 +76,19 @@ struct llama_firstlayer_walk {
     std::string blocker() const;
 
     // replace sites by rows, in place, and rebuild the graph from what is still live
-    void replace(ggml_context * ctx, ggml_cgraph * gf, const std::unordered_map<ggml_tensor *, slot> & slots) const;
+    void replace(ggml_context *                                     ctx,
+                 ggml_cgraph *                                      gf,
+                 const std::unordered_map<ggml_tensor *, row_ref> & row_refs) const;
 
   private:
     enum purity {
-        KIND_IMPURE,
-        KIND_CONSTANT,
-        KIND_PURE,
+        PURITY_IMPURE,
+        PURITY_CONSTANT,
+        PURITY_PURE,
     };
 
     struct info {
-        purity  kind    = KIND_IMPURE;
+        purity  kind    = PURITY_IMPURE;
         bool    product = false;  // holds a matrix product
         bool    alias   = false;  // impure, but a layout operation on something that is pure
         uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be counted in: that is
@@ -123,12 +125,12 @@ struct llama_firstlayer_walk {
                           size_t &            offset) const;
     void replace_site(ggml_context *     ctx,
                       ggml_tensor *      site,
-                      const slot &       slot,
+                      const row_ref &    row_ref,
                       const tensor_set & is_live,
                       const tensor_set & cut) const;
 
-    // of the nodes that are near, those that are live, with what the pure ones of them are computed from
-    tensor_set live_near(const tensor_set & cut) const;
+    // of the nodes that are affected, those that are live, with what the pure ones of them are computed from
+    tensor_set live_affected(const tensor_set & cut) const;
 
     use     make_use(const ggml_tensor * t, int i_src) const;
     bool    can_be_site(const ggml_tensor * t) const;
@@ -147,7 +149,7 @@ struct llama_firstlayer_walk {
     std::vector<ggml_tensor *> inp_tokens;
     std::vector<ggml_tensor *> nodes;  // in graph order
     std::vector<ggml_tensor *>
-        near;  // those that are pure, or read something that is: no others can be touched by a site
+        affected;  // those that are pure, or read something that is: no others can be touched by a site
 
     const tensor_set * weights;
 

@@ -42,12 +42,12 @@ LLAMA_API const char * llama_firstlayer_error(void);
 
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
 // n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: more than its size, which takes long
-LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_open(const char * path_model,
+LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
                                                                    int32_t      n_batch,
                                                                    int32_t      n_threads,
                                                                    bool         load_vocab);
 
-LLAMA_API void llama_firstlayer_close(struct llama_firstlayer_analysis * an);
+LLAMA_API void llama_firstlayer_free(struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_n_vocab(const struct llama_firstlayer_analysis * an);
 LLAMA_API int32_t llama_firstlayer_n_sites(const struct llama_firstlayer_analysis * an);
@@ -106,14 +106,14 @@ struct llama_firstlayer_run;
 // constants: of a converted model, the sites come from constants instead of from its tables. So there is nothing to look
 //            up, and the output is wrong: it is the limit of what tables can gain
 // an: analysis of the model, which then runs on the CPU, and whose sites come from rows in memory. NULL for none
-LLAMA_API struct llama_firstlayer_run * llama_firstlayer_run_open(const char *                             path_model,
+LLAMA_API struct llama_firstlayer_run * llama_firstlayer_run_init(const char *                             path_model,
                                                                   int32_t                                  n_ctx,
                                                                   int32_t                                  n_batch,
                                                                   int32_t                                  n_threads,
                                                                   bool                                     constants,
                                                                   const struct llama_firstlayer_analysis * an);
 
-LLAMA_API void llama_firstlayer_run_close(struct llama_firstlayer_run * run);
+LLAMA_API void llama_firstlayer_run_free(struct llama_firstlayer_run * run);
 
 LLAMA_API int32_t llama_firstlayer_run_n_vocab(const struct llama_firstlayer_run * run);
 

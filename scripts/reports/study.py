@@ -179,7 +179,7 @@ def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         if name.startswith(("llama_", "ggml_")) and hasattr(stock, name) and hasattr(patched, name):
             ours, theirs = getattr(patched, name), getattr(stock, name)
             theirs.restype, theirs.argtypes = ours.restype, ours.argtypes
-    assert not hasattr(stock, "llama_firstlayer_open")
+    assert not hasattr(stock, "llama_firstlayer_init")
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     for library in (stock, patched):
         library.llama_log_set(quiet, None)

@@ -1,0 +1,88 @@
+#pragma once
+
+#include "ggml-alloc.h"
+#include "llama-cpp.h"
+#include "llama-firstlayer-walk.h"
+#include "llama-graph.h"
+#include "llama-model-loader.h"
+
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+// The sites of a model file, what its graph reads (llama-firstlayer-analysis.cpp), and rows (llama-firstlayer-eval.cpp)
+struct llama_firstlayer_analysis {
+    struct site {
+        std::string              name;
+        std::string              recipe;
+        int64_t                  width;
+        std::vector<std::string> weights;
+        llm_graph_type           gtype;  // of the graph it was found in
+    };
+
+    llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads, bool load_vocab);
+
+    void eval(const llama_token * tokens, int32_t n_tokens, float * rows);
+
+    llama_model_ptr   model;
+    llama_context_ptr ctx;
+
+    struct use {
+        std::string weight;
+        int64_t     n_slices;
+        int64_t     n_used;
+        int64_t     multiply_adds;
+        bool        replaced;
+    };
+
+    std::vector<site>        sites;
+    std::vector<use>         uses;
+    std::vector<std::string> elidable;
+    std::string              blocker;
+
+  private:
+    // build a graph and show it to `observe`
+    void build(uint32_t n_tokens, uint32_t n_outputs);
+
+    void collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk);
+    void collect_uses();
+    void collect_elidable();
+
+    // names of the model weights among tensors
+    std::set<std::string> names(const llama_firstlayer_walk::tensor_set & tensors) const;
+
+    std::unordered_map<std::string, ggml_tensor *> find_sites(const llama_firstlayer_walk & walk) const;
+
+    // what a graph still reads and computes if its sites come from tables
+    llama_firstlayer_walk::tensor_set live_after(const llama_firstlayer_walk & walk) const;
+
+    void prepare_eval();
+    void load_weight(ggml_tensor * t);
+
+    const std::string path;
+    const int32_t     n_batch;
+    const int32_t     n_threads;
+
+    uint32_t n_seqs = 1;
+
+    std::set<llm_graph_type> seen;
+
+    // a node of one of the graphs
+    struct root {
+        const llama_firstlayer_walk * walk;
+        ggml_tensor *                 tensor;
+    };
+
+    // evaluation
+    std::map<llm_graph_type, llama_firstlayer_walk> walks;
+    std::unique_ptr<llama_model_loader>             ml;
+    std::vector<root>                               roots;  // one for each site
+    ggml_context_ptr                                ctx_eval;
+    ggml_cgraph *                                   gf = nullptr;
+    ggml_gallocr_ptr                                alloc;
+    ggml_backend_ptr                                backend;
+    std::vector<ggml_backend_buffer_ptr>            bufs;
+};
