@@ -362,9 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
     parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one on each processor")
-    parser.add_argument(
-        "--ceiling", action="store_true", help="also measure constants instead of lookups: no gain can be larger"
-    )
+    parser.add_argument("--ceiling", action="store_true", help="also measure constants instead of lookups: the most to gain")
     parser.add_argument("--limit", action="store_true", dest="ceiling", help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--random-tokens", action="store_true", help="random ids instead of the tokens of a text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
