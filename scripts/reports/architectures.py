@@ -18,23 +18,7 @@ F32 = 0  # enum ggml_type
 PLM = "plm-dense"
 DOC = ROOT / "docs" / "architectures.md"
 
-HEAD = """# Architectures
-
-Tiny random models of every architecture that llama.cpp {commit} can run from a file, converted with tables of F32 and compared
-with the unpatched library. Written by `scripts/docs architectures`, and checked against the code by
-`tests/test_architectures.py`. Not in the table are clip, which llama.cpp takes as a projector only, gptj, for which it has no
-graph, and gemma4-assistant, which runs only beside the model it drafts for. Sites are named after nodes of llama.cpp's graph,
-with the values per token of these tiny models.
-
-*Exactness* is that of logits, or of embeddings where a model has no logits: *all batches* means the unpatched library's bit for
-bit in batches of 1, 2, 7 and 64 tokens; *from 2* means bit for bit in batches of two or more, and for single tokens, for which
-ggml has kernels of its own that round otherwise, no further off (the median over the tokens of the RMS difference, within
-sampling noise) than the library is from itself between batch sizes. Which of the two it is for F32 weights depends on the
-processor; the table is from x86-64.
-
-| model | sites | eliminated weights | exactness |
-|---|---|---|---|
-"""
+HEAD = Path(__file__).with_name("architectures.md").read_text(encoding="utf-8")
 
 
 @dataclass

@@ -20,37 +20,7 @@ from gguf_firstlayer.text import size_text
 DOC = ROOT / "docs" / "gains.md"
 MATRICES, TABLES = "Q4_K", "q8_0"
 
-HEAD = """# Gains
-
-What `gguf-firstlayer plan` says of {count} models by their published shapes, the largest gain first. Written by
-`scripts/docs gains`: it lists each model's tensors in a GGUF header ([catalogue.py](../scripts/reports/catalogue.py); their sum
-has to reproduce the published number of parameters), lets llama.cpp build the model's graph, and counts what that reads.
-Matrices are {matrices}, tables {tables}.
-
-## For whom this pays
-
-A token reads less, by what layer 0 read before position enters; nothing else becomes faster. So the gain is the share of
-these weights in all that a token reads, and no more than one layer's share. There is something to gain for
-
-* **shallow models**, such as drafts for speculative decoding, where one layer is much of the model;
-* **parallel blocks** (Pythia, Falcon, Phi-2, Command-R), where the FFN goes too, and nearly the whole layer with it but for
-  attention and its output: 2 to 4 % with 24 to 44 layers;
-* **small Mambas**, whose input projection is most of a layer; hybrids have it too, but are deep, and gain less than 1 %;
-* a **first layer that is one big mixture of experts** on the layer's input (Arctic): the file shrinks by gigabytes.
-
-Look at the price as well: with a large vocabulary and narrow layers the tables outweigh the model, and small models are the
-ones with narrow layers. And it is not for the ordinary deep serial model. For Llamas, Mistrals and Qwens of 30 layers and more,
-decoding gains a few tenths of a per cent at best, which nobody will notice, while the file grows. Weights are most of what
-decoding reads only while the context is short: every byte of KV cache that is read makes the gain smaller.
-
-*decoding*: bytes of weights read for one token without tables, divided by those with; of experts, the ones used. It bounds the
-speed-up where decoding is bound by reading weights, at an empty context. *prefill*: multiplications in products with weights,
-likewise, where it is bound by them. *file*: change by tables, minus what they eliminate. *device*: memory that becomes free if
-all layers are on a GPU.
-
-| model | architecture | layers | parameters | stored per token | eliminated | decoding | prefill | file | device |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
-"""
+HEAD = Path(__file__).with_name("gains.md").read_text(encoding="utf-8")
 
 NONE = """
 Nothing to precompute:

