@@ -164,7 +164,7 @@ def bench(
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are asked for; give less")
     n_threads = threads or len(processors())
     outline = of_file(model.path)
-    kinds = _kinds(tables, outline.sites)
+    site_types = _site_types(tables, outline.sites)
     tokens = isolated(partial(_tokens, random_tokens), model.path)
 
     taken: list[Resources | None] = [None, None]
@@ -198,7 +198,7 @@ def bench(
                             take_turns(runs, tokens, batch, context, seconds / loads, rng, n_threads)
                         )
             bar.update()
-    cells = [_cell(batch, context, loads, bound(outline, kinds, batch)) for (batch, context), loads in measured.items()]
+    cells = [_cell(batch, context, loads, bound(outline, site_types, batch)) for (batch, context), loads in measured.items()]
     return Bench(model.path, tables.path, n_threads, pinned, cells, *taken)
 
 
@@ -210,12 +210,12 @@ def _tokens(random_tokens: bool, path: Path) -> Tokens:
         return sample_tokens(analysis)
 
 
-def _kinds(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizationType]:
+def _site_types(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizationType]:
     """The sites that come from tables in a converted file, and the types of those."""
     placed, tables, _ = file_format.read(file)
-    kinds = {site.recipe: tables[site.table].type for site in placed}
-    known = {site: kinds[site.recipe] for site in sites if site.recipe in kinds}
-    if len(known) != len(kinds):
+    types = {site.recipe: tables[site.table].type for site in placed}
+    known = {site: types[site.recipe] for site in sites if site.recipe in types}
+    if len(known) != len(types):
         raise FirstLayerError(f"{file.path} was not converted from this source; give the model that it was made from")
     return known
 

@@ -166,7 +166,7 @@ def fitting(wanted: GGMLQuantizationType, width: int) -> GGMLQuantizationType:
 
 
 def layout(
-    sites: Sequence[Site], kinds: Mapping[Site, GGMLQuantizationType], n_vocab: int
+    sites: Sequence[Site], site_types: Mapping[Site, GGMLQuantizationType], n_vocab: int
 ) -> tuple[list[Table], list[tuple[Site, int, int]]]:
     """Put sites of one type side by side in one table, so that a lookup reads one row for all of them.
 
@@ -174,7 +174,7 @@ def layout(
 
     Args:
         sites: to store
-        kinds: type of each, whose block size divides its width: no block mixes two sites
+        site_types: type of each, whose block size divides its width: no block mixes two sites
         n_vocab: rows of the tables
 
     Returns:
@@ -182,7 +182,7 @@ def layout(
     """
     groups: dict[GGMLQuantizationType, list[Site]] = {}
     for site in sites:
-        groups.setdefault(kinds[site], []).append(site)
+        groups.setdefault(site_types[site], []).append(site)
 
     tables: list[Table] = []
     placed: list[tuple[Site, int, int]] = []
@@ -304,9 +304,9 @@ def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
             tensor = source.tensors[table_name(i)]
             tables.append(Table(tensor.name, tensor.tensor_type, int(tensor.shape[0]), int(tensor.shape[1])))
 
-        names, kinds, sizes = (values(f"elided.{key}") for key in ("name", "type", "dimension"))
+        names, types, sizes = (values(f"elided.{key}") for key in ("name", "type", "dimension"))
         elided = []
-        for i, (name, number) in enumerate(zip(names, kinds, strict=True)):
+        for i, (name, number) in enumerate(zip(names, types, strict=True)):
             shape = tuple(sizes[i * MAX_DIMS : (i + 1) * MAX_DIMS])
             kind = GGMLQuantizationType(number)
             block, size = gguf.GGML_QUANT_SIZES[kind]

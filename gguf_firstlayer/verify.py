@@ -356,7 +356,8 @@ def summary(result: Verification) -> str:
         f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
         f" 99 % {result.kld_p99:.1e}, max {result.kld_max:.1e}",
         f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes",
-        f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats (bound of the sum {result.kld_bound:g})",
+        f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats"
+        f" (bound of the sum {result.kld_bound:g})",
         f"most probable token the same: {result.top1:.2%}",
         f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
         f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
