@@ -4,9 +4,9 @@ import gguf_firstlayer.start  # noqa: F401 (first, as it cares for what the othe
 from gguf_firstlayer.bench import Bench, bench
 from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.cost import Plan
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.inspect import Inspection, inspect
-from gguf_firstlayer.installation import paths
+from gguf_firstlayer.paths import paths
 from gguf_firstlayer.plan import plan
 from gguf_firstlayer.revert import Reversion, revert
 from gguf_firstlayer.shape import Shape
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "Reversion",
     "Shape",
+    "UsageError",
     "Verification",
     "bench",
     "convert",

@@ -44,11 +44,6 @@ from gguf_firstlayer.timing import (
     take_turns,
 )
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 BATCHES, CONTEXTS = (1, 512), (0,)
 
 
@@ -376,7 +371,7 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         _pyplot()
         args.plot.mkdir(parents=True, exist_ok=True)
-        check(_plot_path(args.converted, args.plot), [args.source, args.converted], force=True)
+        check(_plot_path(args.converted, args.plot), [args.source, args.converted], force=True, argument="plot")
     result = bench(
         args.source,
         args.converted,

@@ -360,5 +360,5 @@ def _touched(tables: Sequence[file_format.Table]) -> float:
 
 
 def distinct_tokens(n_tokens: int, n_vocab: int) -> float:
-    """Distinct tokens of a text: a fit to texts of 12 site_types and 6 tokenizers, see docs/hot-rows.md."""
+    """Distinct tokens of a text: a fit to texts of 12 kinds and 6 tokenizers, see docs/hot-rows.md."""
     return float(0.807 * n_tokens**0.639 * n_vocab**0.148)

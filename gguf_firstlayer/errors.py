@@ -31,5 +31,5 @@ def option(name: str, value: object = None) -> str:
 def program() -> list[str]:
     """The words by which a user calls the command line: as they did, if they did."""
     if not Caller.is_command_line or Path(sys.argv[0]).name == "__main__.py":
-        return [Path(sys.executable).stem, "-m", "gguf_firstlayer"]
+        return [Path(sys.executable).name.removesuffix(".exe"), "-m", "gguf_firstlayer"]
     return ["gguf-firstlayer"]

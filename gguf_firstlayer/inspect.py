@@ -22,7 +22,7 @@ class Inspection:
         path, architecture, file_bytes: of the file; of all parts of a split model
         converted: whether it holds tables
         sidecar: whether it holds nothing else
-        sites: `tables.StoredSite` in a converted file, `runtime.Site` in a plain model
+        sites: `file_format.StoredSite` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
         elided: weights that a converted file does not hold
         measurement: that the types of the tables were chosen by, if they were

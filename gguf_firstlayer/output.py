@@ -21,13 +21,14 @@ except ImportError:  # Windows
 SUFFIX = ".part"
 
 
-def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False) -> None:
+def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False, argument: str = "output") -> None:
     """Refuse what would not be written, or should not be.
 
     Args:
         output: file
         sources: files that are read
         force: to replace what exists
+        argument: that named the output
         parts: the output are files `NAME-00001-of-0000N.gguf` instead
 
     Raises:
@@ -41,12 +42,12 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
         if not os.path.lexists(path):
             continue
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise FirstLayerError(f"{path} is no regular file; choose another name with {option('output')}")
+            raise FirstLayerError(f"{path} is no regular file; choose another name with {option(argument)}")
         if path.exists() and any(path.samefile(source) for source in sources):
-            raise FirstLayerError(f"{path} is read from; choose another name with {option('output')}")
+            raise FirstLayerError(f"{path} is read from; choose another name with {option(argument)}")
         if not force:
             raise FirstLayerError(
-                f"{path} exists; replace it with {option('force', True)}, or choose another name with {option('output')}"
+                f"{path} exists; replace it with {option('force', True)}, or choose another name with {option(argument)}"
             )
 
 
@@ -61,7 +62,7 @@ def replacing(output: Path) -> Iterator[Path]:
         _remove_abandoned(output)
         folder, lock = _make_folder(output)
     except OSError as err:
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
+        raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
     try:
         yield folder / output.name
         parts = sorted(folder.iterdir(), reverse=True)  # without its first part, a split model is not there
@@ -71,7 +72,7 @@ def replacing(output: Path) -> Iterator[Path]:
             part.replace(output.with_name(part.name))
         _sync(output.parent)
     except OSError as err:
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror}") from err
+        raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:

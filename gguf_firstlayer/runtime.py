@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.installation import load_backends, paths
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.start import STOPPING
@@ -270,8 +270,7 @@ class Library:
             valid = list(pool.map(part, ends, ends[1:]))
         if not all(valid):
             raise FirstLayerError(
-                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: choose a wider type with"
-                f" {option('type')}, like f32"
+                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: convert with a wider type, like f32"
             )
         return out
 

@@ -96,6 +96,10 @@ def within(growth: Growth, model: CostModel, site_types: SiteTypes, keep_weights
     if not chosen:
         needed = least + metadata
         prices = "; ".join(map(describe_price, left_out))
+        if needed <= growth.bytes:
+            raise FirstLayerError(
+                f"no table of {model.name} saves anything within {option('max_growth', growth.asked)}: {prices}"
+            )
         raise FirstLayerError(
             f"no table of {model.name} fits into {option('max_growth', growth.asked)}, which is"
             f" {count(round(growth.bytes), 'byte')}; the least is {needed:,}, or {needed / model.bytes:.2%}: {prices}"

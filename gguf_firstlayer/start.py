@@ -24,7 +24,8 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this one
+            # takes the lowest number, which is this one; also in a program that `run` becomes
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
@@ -32,8 +33,12 @@ def _open_streams() -> None:
 
 def imported_from() -> list[str]:
     """The import path without the working directory, where a `numpy.py` may lie beside a model that was downloaded."""
-    here = os.path.realpath(".")
-    return [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
+    try:
+        here = os.path.realpath(os.getcwd())
+    except OSError:  # it was deleted
+        here = ""
+    places = [place for place in sys.path if isinstance(place, str)]  # Python ignores others
+    return [place for place in places if os.path.isabs(place) and os.path.realpath(place) != here]
 
 
 if getattr(sys, "argv", None) and _is_program():

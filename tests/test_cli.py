@@ -179,6 +179,24 @@ def test_importing_changes_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_verbs_stay_functions():
+    """Modules have their names too, and the command line imports those."""
+    code = (
+        "import gguf_firstlayer, sys; from gguf_firstlayer.__main__ import main; main(['paths', '--json'])\n"
+        f"assert all(callable(getattr(gguf_firstlayer, verb)) for verb in {list(VERBS)!r} if verb != 'run')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_working_directory_that_is_gone(program, llama, tmp_path):
+    words = [*PROGRAMS[program], "plan", str(llama)]
+    gone = 'mkdir "$0/gone" && cd "$0/gone" && rmdir "$0/gone" && exec "$@"'
+    done = subprocess.run(["bash", "-c", gone, str(tmp_path), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("llama-dense.gguf")
+
+
 def test_missing_files_are_named(llama, llama_flp, tmp_path):
     for arguments in (("verify", llama, llama_flp, "--text", tmp_path / "none"), ("plan", tmp_path / "none")):
         assert refusal(cli(*arguments)) == f"gguf-firstlayer: {tmp_path / 'none'} cannot be read: No such file or directory"

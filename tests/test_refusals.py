@@ -296,7 +296,8 @@ def test_output_is_no_file(verb, kind, llama, llama_flp, tmp_path):
         "bench": ("bench", llama, llama_flp, "--plot", tmp_path),
     }
     message = refusal(cli(*arguments[verb]))
-    assert message == f"gguf-firstlayer: {path} is no regular file; choose another name with -o"
+    option = "--plot" if verb == "bench" else "-o"
+    assert message == f"gguf-firstlayer: {path} is no regular file; choose another name with {option}"
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 

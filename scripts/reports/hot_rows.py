@@ -18,7 +18,7 @@ from support.builds import PATCHED, ROOT
 
 os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 import llama_cpp
-import worker
+from support import worker
 
 from gguf_firstlayer.cost import distinct_tokens
 from gguf_firstlayer.runtime import Analysis
