@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from gguf_firstlayer.installation import paths
+from gguf_firstlayer.installation import paths as paths  # the function of this verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
