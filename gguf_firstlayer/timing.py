@@ -135,7 +135,7 @@ class Load(NamedTuple):
         return self.times[self.waited <= DISTURBED]
 
 
-def fill(run: Decoder, tokens: npt.NDArray[np.int32], n: int) -> None:
+def fill(run: Decoder, tokens: Tokens, n: int) -> None:
     """Decode n tokens of a new text."""
     run.keep(0)
     if n:

@@ -112,7 +112,7 @@ class _Writer(GGUFWriter):
 
     @property
     def file(self) -> IO[bytes]:
-        """That is written."""
+        """The file that is written."""
         assert self.fout is not None
         return self.fout[0]
 

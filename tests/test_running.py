@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, PoolingType
 from support.builds import PATCHED, ROOT, STOCK, both, compare, run
 from support.models import convert
-from support.servers import free_port
+from support.servers import free_port, serving
 
 FILE = ROOT / "tests" / "text.txt"
 TEXT = FILE.read_text()
@@ -405,20 +404,8 @@ def server(model: Path, *options: object) -> Iterator[Post]:
             raise AssertionError(err.read().decode()) from err
         return json.loads(text) if text.startswith(("{", "[")) else text
 
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None, f"llama-server ended with {process.returncode}"
-                assert time.monotonic() < deadline
-                try:
-                    post("/health")
-                    break
-                except (AssertionError, OSError):  # loading, or not listening yet
-                    time.sleep(0.05)
-            yield post
-        finally:
-            process.kill()
+    with serving(command, lambda: post("/health"), (AssertionError, OSError)):
+        yield post
 
 
 def essence(answer: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,23 +23,37 @@ def free_port() -> int:
 
 
 @contextmanager
-def openai_client(command: list[object], environment: dict[str, str] | None = None) -> Iterator[openai.OpenAI]:
-    """A client of a server, which gets the option --port and ends with the context."""
-    port = free_port()
-    arguments = [*map(str, command), "--port", str(port)]
+def serving(
+    command: list[object], is_up: Callable[[], object], not_yet: tuple[type[Exception], ...], **options: Any
+) -> Iterator[None]:
+    """A server, from when it answers to the end of the context.
+
+    Args:
+        is_up: asks it something
+        not_yet: what that raises while the server is not listening, or loads its model
+    """
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | (environment or {}), **quiet) as process:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with subprocess.Popen([*map(str, command)], **quiet, **options) as process:
         try:
             deadline = time.monotonic() + 120
             while True:
                 assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
                 assert time.monotonic() < deadline
                 try:
-                    client.models.list()
+                    is_up()
                     break
-                except (openai.APIConnectionError, openai.InternalServerError):  # not listening yet, or loading
-                    time.sleep(0.1)
-            yield client
+                except not_yet:
+                    time.sleep(0.05)
+            yield
         finally:
             process.kill()
+
+
+@contextmanager
+def openai_client(command: list[object], environment: dict[str, str] | None = None) -> Iterator[openai.OpenAI]:
+    """A client of a server, which gets the option --port and ends with the context."""
+    port = free_port()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    not_yet = (openai.APIConnectionError, openai.InternalServerError)
+    with serving([*command, "--port", port], client.models.list, not_yet, cwd=ROOT, env=os.environ | (environment or {})):
+        yield client
