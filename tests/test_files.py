@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from architectures import differences
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
-from support.builds import PATCHED, compare
-from support.command_line import cli, refusal
+from support.builds import compare
+from support.command_line import cli, refusal, split
 from support.figures import REPORT
 from support.models import convert, rewrite
 
@@ -50,12 +49,6 @@ def test_source_type(kind, llama, tmp_path):
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     exact = [size for size, value in differences(source, converted, [1, 2, 7, 64]).items() if value == 0]
     REPORT.append(f"weights of {kind}: f32 tables give the stock library's bits in batches of {', '.join(map(str, exact))}")
-
-
-def split(source: Path, prefix: Path, *options: str) -> list[Path]:
-    command = [PATCHED / "llama-gguf-split", "--split", "--split-max-tensors", "10", *options, source, prefix]
-    subprocess.run(command, check=True, capture_output=True)
-    return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))
 
 
 @pytest.mark.parametrize("options", [[], ["--no-tensor-first-split"]], ids=["plain", "no tensor in the first part"])

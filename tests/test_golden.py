@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from support.builds import PATCHED, ROOT, STOCK, run
+from support.builds import PATCHED, ROOT, STOCK, run, same, session
 from support.models import convert
-from test_running import same, session
 
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.append(str(GOLDEN))

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from support.builds import ROOT, compare
-from support.command_line import cli, refusal
+from support.command_line import cli, refusal, split
 from support.models import convert
-from test_files import split
 
 from gguf_firstlayer import FirstLayerError, Shape, plan
 from gguf_firstlayer.cost import estimate, of_file, table_type

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, PoolingType
-from support.builds import PATCHED, ROOT, STOCK, both, compare, run
+from support.builds import PATCHED, ROOT, STOCK, both, compare, same, session
+from support.command_line import tool
 from support.models import convert
-from support.servers import free_port, serving
+from support.servers import Requests, serve, server
 
 FILE = ROOT / "tests" / "text.txt"
 TEXT = FILE.read_text()
@@ -32,17 +28,6 @@ Q4_0, Q8_0 = 2, 8  # enum ggml_type
 #
 # one context
 #
-
-
-def session(model: Path, build: Path, steps: list[Any], **job: Any) -> list[np.ndarray]:
-    """What the decode steps of a session give."""
-    (results,) = run(build, job | {"run": "session", "model": model, "steps": steps})
-    assert all(np.isfinite(result).all() for result in results)
-    return results
-
-
-def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    return len(a) == len(b) > 0 and all(map(np.array_equal, a, b))
 
 
 PROMPT: list[Any] = [["decode", [[0], TEXT[:250]]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
@@ -219,14 +204,6 @@ def test_samplers(chain, backend, smollm, smollm_flp):
 #
 
 
-def tool(name: str, *arguments: object, log: bool = False) -> str:
-    """What a tool of the patched build prints, or its log."""
-    command = [str(PATCHED / name), *map(str, arguments)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    return done.stderr if log else done.stdout
-
-
 def complete(model: Path, *arguments: object) -> str:
     return tool("llama-completion", "-m", model, "-t", 1, "-no-cnv", "-c", 1024, "-n", 32, "--temp", 0, *arguments)
 
@@ -384,49 +361,6 @@ def test_benchmarks(smollm_flp):
 #
 # server
 #
-
-Post = Callable[..., Any]
-
-
-@contextmanager
-def server(model: Path, *options: object) -> Iterator[Post]:
-    """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
-    port = free_port()
-    command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
-
-    def post(path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as err:
-            raise AssertionError(err.read().decode()) from err
-        return json.loads(text) if text.startswith(("{", "[")) else text
-
-    with serving(command, lambda: post("/health"), (AssertionError, OSError)):
-        yield post
-
-
-def essence(answer: Any) -> Any:
-    """An answer without names and times."""
-    if isinstance(answer, list):
-        return [essence(part) for part in answer]
-    if not isinstance(answer, dict):
-        return answer
-    volatile = {"generation_settings", "model", "created", "id", "filename", "usage", "system_fingerprint"}
-    return {
-        key: essence(value) for key, value in answer.items() if key not in volatile and not key.endswith(("_ms", "_per_second"))
-    }
-
-
-Requests = list[tuple[str, Any]]
-
-
-def serve(model: Path, requests: Requests, *options: object) -> list[Any]:
-    """Answers to requests, sent one after the other to a new server."""
-    with server(model, *options) as post:
-        return [essence(post(path, body)) for path, body in requests]
 
 
 def prompt(text: str | list[str], n_predict: int = 16, **options: Any) -> tuple[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
-from support.builds import PATCHED, STOCK, run
-from support.command_line import cli, refusal
+from support.builds import PATCHED, STOCK, run, session
+from support.command_line import cli, refusal, tool
 from support.models import convert, rewrite
-from test_running import serve, session, tool
+from support.servers import serve
 
 from gguf_firstlayer import FirstLayerError, bench, inspect, verify
 

@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 
 import llama_cpp
 import numpy as np
-from catalogue import CATALOGUE, LLAMA, PARALLEL, Entry, rotated, sizes, write_model
+from catalogue import CATALOGUE, Entry, write_model
 from gguf import GGMLQuantizationType as Type
 from support.counting import bytes_read, can_count, instructions
+from support.servers import free_port, serving
 
 from gguf_firstlayer import bench, convert
 from gguf_firstlayer.cost import estimate, of_file
@@ -95,12 +97,17 @@ def measure(key: str, function: Callable[[], Result]) -> Result:
 
 def synthetic(layers: int, width: int, vocab: int, parallel: bool) -> Entry:
     """A Pythia or a Llama of any size."""
-    keys = sizes(vocab, layers, width, 4 * width if parallel else 11 * width // 4, width // 64)
-    keys |= {"context_length": 16384}
-    name = synthetic_name(layers, width, vocab, parallel)
-    if parallel:
-        return Entry(name, "gptneox", keys | rotated(16) | PARALLEL, "", 0.0, "")
-    return Entry(name, "llama", keys, LLAMA, 0.0, "")
+    like = CATALOGUE["pythia-160m" if parallel else "llama-1-7b"]
+    keys = like.keys | {
+        "vocab_size": vocab,
+        "context_length": 16384,
+        "block_count": layers,
+        "embedding_length": width,
+        "feed_forward_length": 4 * width if parallel else 11 * width // 4,
+        "attention.head_count": width // 64,
+        "attention.head_count_kv": width // 64,
+    }
+    return dataclasses.replace(like, name=synthetic_name(layers, width, vocab, parallel), keys=keys)
 
 
 @contextmanager
@@ -290,19 +297,11 @@ def draft() -> Result:
         with ExitStack() as stack:
             ports = {}
             for i in rng.sample((0, 1), 2):
-                ports[i] = 18480 + i
+                ports[i] = free_port()
                 command = [PATCHED / "llama-server", "-m", target, "-md", (plain, tables)[i], "--spec-type", "draft-simple"]
-                options = ["--port", str(ports[i]), "-c", "512", "-np", "1"]
-                server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                stack.callback(server.wait)
-                stack.callback(server.terminate)
-                while True:
-                    try:
-                        urllib.request.urlopen(f"http://127.0.0.1:{ports[i]}/health")
-                        break
-                    except OSError:
-                        assert server.poll() is None
-                        time.sleep(0.2)
+                options = ["--port", ports[i], "-c", 512, "-np", 1]
+                health = f"http://127.0.0.1:{ports[i]}/health"
+                stack.enter_context(serving([*command, *options], partial(urllib.request.urlopen, health), (OSError,)))
             pairs = []
             for prompt in (PROMPTS[0], *PROMPTS):
                 answers = {i: ask(ports[i], prompt) for i in rng.sample((0, 1), 2)}

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gguf_firstlayer import paths
 
 # tools compute on the processor unless a test says otherwise: devices round otherwise, which exactness is not about
@@ -52,3 +54,14 @@ def compare(source: Path, converted: Path, *jobs: dict[str, Any]) -> list[tuple[
         return run(build, *(job | {"model": model} for job in jobs))
 
     return list(zip(*both(results, (STOCK, source), (PATCHED, converted)), strict=True))
+
+
+def session(model: Path, build: Path, steps: list[Any], **job: Any) -> list[np.ndarray]:
+    """What the decode steps of a session give."""
+    (results,) = run(build, job | {"run": "session", "model": model, "steps": steps})
+    assert all(np.isfinite(result).all() for result in results)
+    return results
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return len(a) == len(b) > 0 and all(map(np.array_equal, a, b))

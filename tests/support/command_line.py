@@ -1,13 +1,14 @@
-"""The command line, as a user calls it."""
+"""The command line and the tools of llama.cpp, as a user calls them."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from support.builds import ROOT
+from support.builds import PATCHED, ROOT
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -24,3 +25,18 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     lines = done.stderr.strip().splitlines()
     assert [line for line in lines if re.match(r"gguf-firstlayer( \w+)?: ", line)] == lines[-1:], done.stderr
     return lines[-1]
+
+
+def tool(name: str, *arguments: object, log: bool = False) -> str:
+    """What a tool of the patched build prints, or its log."""
+    command = [str(PATCHED / name), *map(str, arguments)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stderr if log else done.stdout
+
+
+def split(source: Path, prefix: Path, *options: str) -> list[Path]:
+    """The parts of a model that llama-gguf-split writes."""
+    command = [PATCHED / "llama-gguf-split", "--split", "--split-max-tensors", "10", *options, source, prefix]
+    subprocess.run(command, check=True, capture_output=True)
+    return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))

@@ -1,18 +1,22 @@
-"""Servers that speak OpenAI's API."""
+"""llama-server and other servers, and clients of them."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 
-from support.builds import ROOT
+from support.builds import PATCHED, ROOT
 
 
 def free_port() -> int:
@@ -57,3 +61,47 @@ def openai_client(command: list[object], environment: dict[str, str] | None = No
     not_yet = (openai.APIConnectionError, openai.InternalServerError)
     with serving([*command, "--port", port], client.models.list, not_yet, cwd=ROOT, env=os.environ | (environment or {})):
         yield client
+
+
+Post = Callable[..., Any]
+
+
+@contextmanager
+def server(model: Path, *options: object) -> Iterator[Post]:
+    """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
+    port = free_port()
+    command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
+
+    def post(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as err:
+            raise AssertionError(err.read().decode()) from err
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    with serving(command, lambda: post("/health"), (AssertionError, OSError)):
+        yield post
+
+
+def essence(answer: Any) -> Any:
+    """An answer without names and times."""
+    if isinstance(answer, list):
+        return [essence(part) for part in answer]
+    if not isinstance(answer, dict):
+        return answer
+    volatile = {"generation_settings", "model", "created", "id", "filename", "usage", "system_fingerprint"}
+    return {
+        key: essence(value) for key, value in answer.items() if key not in volatile and not key.endswith(("_ms", "_per_second"))
+    }
+
+
+Requests = list[tuple[str, Any]]
+
+
+def serve(model: Path, requests: Requests, *options: object) -> list[Any]:
+    """Answers to requests, sent one after the other to a new server."""
+    with server(model, *options) as post:
+        return [essence(post(path, body)) for path, body in requests]
