@@ -40,7 +40,7 @@ def synthetic_name(layers: int, width: int, vocab: int, parallel: bool) -> str:
 
 
 def interval(value: Result) -> str:
-    """A ratio with its interval; in brackets if it cannot be told from 1."""
+    """A ratio with its interval; in parentheses if it does not differ significantly from 1."""
     text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
     return f"({text})" if value["low"] <= 1 <= value["high"] else text
 
@@ -77,15 +77,15 @@ def overview(results: dict[str, Result]) -> str:
     reached = sum(value["value"] >= 0.95 for value in limits)
     median = np.median([value["value"] for value in limits])
     lines = [
-        f"* {len(found)} cells (a model, a batch size, a length of context) were compared with their limit, the same graph",
+        f"* {len(found)} cells (a model, a batch size, a context length) were compared with their limit, the same graph",
         f"  with constants instead of lookups. {reached} reach 95 % of it, the median is {median:.3f}; the whole interval is",
         f"  below 95 % for {below(limits, 0.95)}.",
-        f"* Of {len(gains)} ratios to the source, {above(gains)} are faster beyond doubt, {below(gains)} slower, and",
-        f"  {below(gains, 0.995)} surely below 0.995. The others are within noise. Of 95 % intervals, one in forty lies",
+        f"* Of {len(gains)} ratios to the source, {above(gains)} are significantly faster, {below(gains)} slower, and",
+        f"  {below(gains, 0.995)} significantly below 0.995. The others are within noise. Of 95 % intervals, one in forty lies",
         "  below the truth by chance, and one in forty above.",
         f"* Of {len(sources)} ratios of the source on the patched library to the source on the stock one,",
-        f"  {above(sources)} are above 1 beyond doubt and {below(sources)} below. They run the same code: so far can the",
-        "  intervals be trusted.",
+        f"  {above(sources)} are significantly above 1 and {below(sources)} below. They run the same code, which shows how far",
+        "  the intervals can be trusted.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -211,7 +211,7 @@ def count_section(results: dict[str, Result]) -> str:
         else:
             row += ["no valgrind"] * 3
         lines.append([*row, f"{result['products_eliminated']:.2%}"])
-    head = ["model", "bytes read", "plan", "converted", "plan", "instructions", "converted", "fewer", "products gone, plan"]
+    head = ["model", "bytes read", "plan", "converted", "plan", "instructions", "converted", "fewer", "products saved, plan"]
     return rows(head, *lines)
 
 
@@ -230,10 +230,10 @@ def page(results: dict[str, Result]) -> str:
         "counts": count_section(results),
         "prefill": str(PREFILL),
         "draft": (
-            f"SmolLM2 with a draft of its own first {DRAFT_LAYERS} layers, in llama-server, greedily: with the draft converted,"
+            f"SmolLM2 drafted by its own first {DRAFT_LAYERS} layers, in llama-server, greedily: with the draft converted,"
             f" an answer is {interval(of_draft['ratio'])} times as fast. The draft's own bound is"
-            f" {of_draft['bound_of_draft']:.3f}, and it is a poor draft: of {of_draft['drafted']} tokens that it"
-            f" drafted, {of_draft['accepted']} were accepted. The texts are"
+            f" {of_draft['bound_of_draft']:.3f}, and it is a poor draft: of {of_draft['drafted']} drafted tokens,"
+            f" {of_draft['accepted']} were accepted. The texts are"
             f" {'the same' if of_draft['same_text'] else 'different'}."
         ),
         "conversion": rows(
