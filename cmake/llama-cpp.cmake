@@ -1,5 +1,5 @@
 # Obtains llama.cpp, copies it to ${LLAMA_CPP_DIR} and patches it there.
-# Files are only touched when their content changes, so that editing a patch recompiles what it changes.
+# Files are touched only when their content changes, so that editing a patch recompiles only what it changes.
 
 set(LLAMA_CPP_PYTHON_VERSION 0.3.36)
 set(LLAMA_CPP_PYTHON_SHA256  832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e)
@@ -24,7 +24,7 @@ set(PATCH_DIR     ${CMAKE_SOURCE_DIR}/patches)
 # sources
 #
 
-# llama-cpp-python's sdist vendors all of llama.cpp, so the library and the Python bindings are of the same commit
+# llama-cpp-python's sdist vendors all of llama.cpp, so the library and the Python bindings are from the same commit
 function(fetch_llama_cpp result)
     set(sdist    llama_cpp_python-${LLAMA_CPP_PYTHON_VERSION})
     set(unpacked ${FIRSTLAYER_CACHE_DIR}/${sdist})
@@ -54,7 +54,7 @@ function(fetch_llama_cpp result)
         message(FATAL_ERROR "${archive} is damaged; delete it and configure again")
     endif()
 
-    # under another name until it is complete
+    # unpack under another name until it is complete
     file(REMOVE_RECURSE ${unpacked}.part)
     file(ARCHIVE_EXTRACT INPUT ${archive} DESTINATION ${unpacked}.part PATTERNS "${sdist}/vendor/llama.cpp/*")
     file(RENAME ${unpacked}.part/${sdist} ${unpacked})
@@ -70,14 +70,14 @@ if (LLAMA_CPP_SOURCE_DIR)
     message(STATUS "llama.cpp: ${pristine}")
 else()
     fetch_llama_cpp(pristine)
-    # llama.cpp would take these from the repository that its sources are in
+    # llama.cpp would take these from the git repository around its sources
     set(LLAMA_BUILD_COMMIT ${LLAMA_CPP_COMMIT})
     set(LLAMA_BUILD_NUMBER 0)
     set(commit ${LLAMA_CPP_COMMIT})
     message(STATUS "llama.cpp: ${LLAMA_CPP_COMMIT} of llama-cpp-python ${LLAMA_CPP_PYTHON_VERSION}")
 endif()
 
-# the bindings declare what is in llama.h once more, so they fit no other one
+# the bindings repeat the declarations of llama.h, so they only fit this version of it
 file(SHA256 ${pristine}/include/llama.h hash)
 set(bindings)
 if (hash STREQUAL LLAMA_H_SHA256)
@@ -106,7 +106,7 @@ if (FIRSTLAYER)
     file(GLOB added_files CONFIGURE_DEPENDS RELATIVE ${PATCH_DIR} ${PATCH_DIR}/src/*)
 endif()
 
-# everything but the patched files; what is there with the same time is not copied again
+# everything except the patched files; a file with the same timestamp is not copied again
 set(exclude)
 foreach (name ${patched_files})
     string(REPLACE "." "\\." regex "/${name}$")
@@ -118,7 +118,7 @@ set(staging ${CMAKE_BINARY_DIR}/patching)
 file(REMOVE_RECURSE ${staging})
 foreach (name ${patched_files})
     if (NOT EXISTS ${pristine}/${name})
-        message(FATAL_ERROR "patches/ changes ${name}, which ${pristine} does not have; wanted is the llama.cpp of "
+        message(FATAL_ERROR "patches/ changes ${name}, which ${pristine} does not have; use the llama.cpp of "
                             "llama-cpp-python ${LLAMA_CPP_PYTHON_VERSION} (${LLAMA_CPP_COMMIT})")
     endif()
     get_filename_component(folder ${staging}/${name} DIRECTORY)
@@ -129,14 +129,14 @@ if (patches)
     find_package(Git REQUIRED)
 endif()
 foreach (patch ${patches})
-    # the ceiling hides the repository around the build folder, in which git would look for the files
+    # the ceiling hides the repository around the build folder, where git would otherwise look for the files
     execute_process(
         COMMAND ${CMAKE_COMMAND} -E env GIT_CEILING_DIRECTORIES=${CMAKE_BINARY_DIR} ${GIT_EXECUTABLE} apply ${patch}
         WORKING_DIRECTORY ${staging}
         RESULT_VARIABLE failed
         ERROR_VARIABLE  reason)
     if (failed)
-        message(FATAL_ERROR "${patch} does not apply to ${pristine}; wanted is the llama.cpp of "
+        message(FATAL_ERROR "${patch} does not apply to ${pristine}; use the llama.cpp of "
                             "llama-cpp-python ${LLAMA_CPP_PYTHON_VERSION} (${LLAMA_CPP_COMMIT})\n${reason}")
     endif()
 endforeach()
@@ -148,7 +148,7 @@ foreach (name ${added_files})
     configure_file(${PATCH_DIR}/${name} ${LLAMA_CPP_DIR}/${name} COPYONLY)
 endforeach()
 
-# a file that was patched before and no longer is
+# restore files that are no longer patched
 foreach (name ${FIRSTLAYER_PATCHED_FILES})
     if (NOT name IN_LIST patched_files AND EXISTS ${pristine}/${name})
         configure_file(${pristine}/${name} ${LLAMA_CPP_DIR}/${name} COPYONLY)

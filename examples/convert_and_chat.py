@@ -10,7 +10,7 @@ import gguf_firstlayer.llama_cpp as llama_cpp  # before anything else imports ll
 
 
 def main(model: str, question: str) -> None:
-    """Print an answer, of the converted model if there is something to gain."""
+    """Convert the model if that was not done before, and print its answer."""
     source = Path(model)
     converted = source.with_name(f"{source.stem}-flp.gguf")
     if not converted.exists():

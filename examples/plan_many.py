@@ -1,4 +1,4 @@
-"""What a conversion would gain for each model in a folder, the largest gain first: `python examples/plan_many.py FOLDER`."""
+"""Show what converting each model in a folder would gain, the largest gain first: `python examples/plan_many.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gguf_firstlayer import FirstLayerError, plan
 
 
 def main(folder: str) -> None:
-    """Print a line for each model; those without anything to precompute, or that cannot be read, come last."""
+    """Print a line for each model; those that cannot be read or have nothing to precompute come last."""
     plans, problems = [], []
     for path in sorted(Path(folder).glob("*.gguf")):
         try:

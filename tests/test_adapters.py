@@ -1,4 +1,4 @@
-"""What needs weights that tables replace: LoRA on layer 0, and vectors instead of tokens as input. And requantizing."""
+"""What needs the weights that tables replace: LoRA on layer 0, and vectors as input instead of tokens. Also requantizing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.models import convert
 
 
 def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:
-    """A random adapter of rank 4 of one weight [columns, rows]; of an embedding, which is looked up, [rows, columns]."""
+    """A random rank-4 adapter for one weight [columns, rows]; for an embedding, which is looked up, [rows, columns]."""
     generator = np.random.default_rng(rows + columns + len(tensor))
     writer = GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
@@ -31,7 +31,7 @@ def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory) -> dict[str, Path]:
-    """Of SmolLM2; "embedding" of the tiny Llama, because llama.cpp takes none where the embedding is the output as well."""
+    """For SmolLM2; "embedding" is for the tiny Llama: llama.cpp takes none if the embedding is the output as well."""
     folder = tmp_path_factory.mktemp("adapters")
     return {
         "layer 0": lora(folder / "0.gguf", "blk.0.attn_q.weight", 576, 576),
@@ -49,9 +49,9 @@ PROMPT = "Once upon a time, in a village by the sea,"
 
 
 def test_adapters_on_kept_weights(adapters, smollm, kept):
-    """Adapters are switched at run time; those of layer 0 change the recipes, so that the kept weights are used.
+    """Adapters are switched at run time; those of layer 0 change the recipes, so the kept weights are used.
 
-    Fails if a table is used in spite of an adapter, or is not used any more after one.
+    Fails if a table is used despite an adapter, or is no longer used after one.
     """
     sets = [[], [[0, 1.0]], [[1, 0.5]], [[0, 0.5], [1, 1.0]], []]
     job = {"run": "adapted", "tokens": PROMPT, "adapters": [adapters["layer 0"], adapters["layer 5"]], "sets": sets}
@@ -77,7 +77,7 @@ def test_adapters_of_other_layers(adapters, smollm, smollm_flp):
 
 @pytest.mark.parametrize("name", ["layer 0", "embedding"])
 def test_adapter_of_an_elided_weight(name, adapters, smollm_flp, llama_flp):
-    """Tables were computed from weights without the adapter, so it cannot be loaded."""
+    """Tables were computed without the adapter, so it cannot be loaded."""
     model = llama_flp if name == "embedding" else smollm_flp["f32"]
     job = {"run": "adapted", "model": model, "tokens": PROMPT, "adapters": [adapters[name]], "sets": []}
     (message,) = run(PATCHED, job)
@@ -90,7 +90,7 @@ STEPS = [["decode", [[0], {"count": 9, "seed": 1}]], ["embed", 9, 12, 2], ["deco
 
 @pytest.mark.parametrize("name", ["smollm", "gemma3-dense", "gemma4-dense", "command-r-dense", "mamba-dense"])
 def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
-    """Between tokens come vectors, as of images: with the weights kept, everything is as without tables."""
+    """Vectors, such as those of images, come between tokens: with kept weights, everything is as without tables."""
     source = smollm if name == "smollm" else archs / f"{name}.gguf"
     converted = kept if name == "smollm" else convert(source, tmp_path / "x.gguf", type="f32", keep_weights=True).output
     ((stock, ours),) = compare(source, converted, {"run": "session", "steps": STEPS})
@@ -112,7 +112,7 @@ def test_quantize_leaves_tables_alone(smollm, smollm_flp, tmp_path):
     assert np.array_equal(after[table].data, before[table].data)
     assert after["blk.1.attn_q.weight"].tensor_type != before["blk.1.attn_q.weight"].tensor_type
 
-    # the same as quantizing the source, but for the first layer, which is that of the source
+    # the same as quantizing the source, except for the first layer, which stays that of the source
     plain = tmp_path / "plain.gguf"
     subprocess.run(
         [PATCHED / "llama-quantize", "--allow-requantize", "--pure", smollm, plain, "q8_0"], check=True, capture_output=True

@@ -10,7 +10,7 @@ DOCUMENTED = architectures.read()
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_architecture(name, archs, tmp_path):
-    """A model is exact when converted, or is refused with its reason, as the document says."""
+    """A converted model is exact, or the conversion is refused with a reason, as the document says."""
     row = str(architectures.examine(archs / f"{name}.gguf", tmp_path))
     # which batch sizes are exact with F32 weights depends on the processor's kernels
     assert row.rsplit("|", 2)[0] == DOCUMENTED[name].rsplit("|", 2)[0]

@@ -21,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program as a user of the package has it."""
+    """Run a program the way a user of the package would."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
 
@@ -84,7 +84,7 @@ def test_it_is_the_module_itself():
     ids=["version", "missing", "too late", "other llama.cpp"],
 )
 def test_what_does_not_fit(before, reason):
-    """One clear error instead of a crash in the middle of a structure that has changed."""
+    """One clear error instead of a crash on a structure that has changed."""
     code = (
         f"{before}\nfrom gguf_firstlayer import FirstLayerError\n"
         "try:\n    import gguf_firstlayer.llama_cpp\nexcept FirstLayerError as err:\n    print(err)"
@@ -95,7 +95,7 @@ def test_what_does_not_fit(before, reason):
 
 
 def test_its_server_says_what_is_wrong():
-    """A sentence, no traceback."""
+    """One sentence, no traceback."""
     code = (
         "import importlib.metadata as m, runpy, sys\n"
         "def version(name): raise m.PackageNotFoundError(name)\n"
@@ -110,13 +110,13 @@ def test_its_server_says_what_is_wrong():
 
 
 def server(module: str, model: Path, **environment: str) -> AbstractContextManager[openai.OpenAI]:
-    """An OpenAI client of a server of the bindings."""
+    """An OpenAI client for a server of the bindings."""
     options = ["--n_ctx", 256, "--n_threads", 1]
     return openai_client([sys.executable, "-m", module, "--model", model, *options], environment)
 
 
 def answers(client: openai.OpenAI) -> list[str | None]:
-    """To a chat, whole and streamed."""
+    """The answers to a chat, whole and streamed."""
     ask = {"model": "any", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
     parts = [part.choices[0].delta.content or "" for part in client.chat.completions.create(stream=True, **ask)]
     assert len(parts) > 4
@@ -133,9 +133,9 @@ def test_its_server(smollm, smollm_flp):
 
 
 def test_tests_of_llama_cpp_python(tmp_path):
-    """Those that download nothing, on our libraries."""
+    """Run its tests that download nothing, on our libraries."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gguf-firstlayer"
-    folder = f"llama_cpp_python-{importlib.metadata.version('llama-cpp-python')}"  # other releases may lie there too
+    folder = f"llama_cpp_python-{importlib.metadata.version('llama-cpp-python')}"  # other releases may be there too
     with tarfile.open(cache / f"{folder}.tar.gz") as archive:
         wanted = (f"{folder}/tests/", f"{folder}/vendor/llama.cpp/models/ggml-vocab-llama")
         for member in archive:

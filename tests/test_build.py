@@ -1,4 +1,4 @@
-"""The CMake build, as far as it is configured; scripts/test builds it patched and unpatched."""
+"""The CMake build is configured here; scripts/test builds it patched and unpatched."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_second_configure_touches_nothing(tmp_path):
 
 @pytest.mark.parametrize("broken", ["already patched", "unknown file"])
 def test_patch_that_does_not_apply(broken, tmp_path):
-    """The configure stops, with the name of the patch and the llama.cpp version wanted."""
+    """Configuring stops, and names the patch and the required llama.cpp version."""
     project = tmp_path / "project"
     project.mkdir()
     shutil.copy(ROOT / "CMakeLists.txt", project)

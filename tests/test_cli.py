@@ -1,4 +1,4 @@
-"""The command line around the verbs, and what is written about it."""
+"""The command line around the verbs, and its documentation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_help_has_an_example(verb):
 def test_completion(shell):
     script = cli("--print-completion", shell).stdout
     assert "--max-growth" in script
-    if shell == "bash":  # the other may not be installed
+    if shell == "bash":  # zsh may not be installed
         wanted = 'COMP_WORDS=(gguf-firstlayer conv); COMP_CWORD=1; _shtab_gguf_firstlayer; echo "${COMPREPLY[@]}"'
         done = subprocess.run(["bash", "-c", f"{script}\n{wanted}"], capture_output=True, text=True, check=False)
         assert done.stdout.split() == ["convert"], done.stderr
@@ -57,18 +57,18 @@ def test_run_becomes_the_tool(smollm_flp):
 
 
 def test_json_is_documented():
-    """Fails if a result has other keys or types than the page says; `scripts/docs json` writes it anew."""
+    """Fails if the keys or types of a result differ from the page; `scripts/docs json` rewrites it."""
     assert json_schema.PAGE.read_text() == json_schema.page()
 
 
 def test_study_is_drawn_from_its_figures():
-    """In a clone, without measuring; `scripts/docs study --draw` writes page and plots anew."""
+    """Works in a clone, without measuring; `scripts/docs study --draw` rewrites the page and plots."""
     figures = json.loads((ROOT / "docs" / "study.json").read_text())
     assert study_page.page(figures) == (ROOT / "docs" / "study.md").read_text()
 
 
 def test_readme_commands_exist():
-    """Every verb and option that the README shows is one."""
+    """Every verb and option that the README shows exists."""
     helps = {verb: cli(verb, "--help").stdout for verb in VERBS}
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
     shown = 0
@@ -95,14 +95,14 @@ PROGRAMS = {
 
 
 def called(program: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line by one of its names."""
+    """Run the command line under one of its names."""
     command = [*PROGRAMS[program], *map(os.fsencode, map(str, words))]
     return subprocess.run(command, **{"capture_output": True, "text": True, "cwd": ROOT, "check": False} | options)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_nothing_is_imported_from_the_working_directory(program, llama, llama_flp, tmp_path):
-    """Beside a downloaded model may lie whatever its author likes."""
+    """A downloaded model may come with any files that its author likes."""
     for name in ["numpy", "tqdm", "gguf", "sentencepiece", "yaml", "shtab", "pickle", "subprocess", "argparse", "logging"]:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
     model = tmp_path / "x.gguf"
@@ -127,7 +127,7 @@ def test_nothing_is_imported_from_the_working_directory(program, llama, llama_fl
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
 def test_closed_streams(program, closed, llama, tmp_path):
-    """As of a daemon. Fails if a file that is opened gets the number of a stream, and text for that is written into it."""
+    """As in a daemon. Fails if an opened file gets the number of a stream, so that the stream's text is written into it."""
     output = tmp_path / "x.gguf"
     redirections = " ".join(f"{number}>&-" for number in closed.split())
     words = [*PROGRAMS[program], "convert", str(llama), "-o", str(output), "--type", "q8_0"]
@@ -147,7 +147,7 @@ def test_output_to_a_full_disk(llama):
 
 @pytest.mark.parametrize("name", ["Modell für Füße.gguf", "bad \udcff name.gguf"])
 def test_names_that_the_locale_cannot_spell(name, llama, tmp_path):
-    """In UTF-8, and of bytes that are none."""
+    """Names in UTF-8, and names that are not valid UTF-8."""
     source, output = tmp_path / name, tmp_path / name.replace(".gguf", "-flp.gguf")
     source.write_bytes(llama.read_bytes())
     for words in (
@@ -171,7 +171,7 @@ def test_hints_are_spelled_like_the_call(program, llama, tmp_path):
 
 
 def test_importing_changes_nothing():
-    """In a program of somebody else's, Ctrl-C and the import path are theirs."""
+    """In somebody else's program, Ctrl-C and the import path stay as they are."""
     code = (
         "import signal, sys; path, handlers = sys.path[:], [signal.getsignal(n) for n in (1, 2, 15)];"
         "import gguf_firstlayer; assert (sys.path, [signal.getsignal(n) for n in (1, 2, 15)]) == (path, handlers)"
@@ -180,7 +180,7 @@ def test_importing_changes_nothing():
 
 
 def test_verbs_stay_functions():
-    """Modules have their names too, and the command line imports those."""
+    """Modules have the same names, and the command line imports them."""
     code = (
         "import gguf_firstlayer, sys; from gguf_firstlayer.__main__ import main; main(['paths', '--json'])\n"
         f"assert all(callable(getattr(gguf_firstlayer, verb)) for verb in {list(VERBS)!r} if verb != 'run')"

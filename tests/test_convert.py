@@ -78,7 +78,7 @@ def test_inspect_reads_what_convert_wrote(smollm_flp, smollm):
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q6_k"])
 def test_table_types(kind, smollm, tmp_path):
-    """A table holds the rows that the library computes, as its own dequantizer reads them."""
+    """A table holds the rows that the library computes, as gguf-py dequantizes them."""
     result = convert(smollm, tmp_path / "x.gguf", type=kind)
     ids = [0, 1, 777, 49151]
     with Analysis(smollm) as analysis:
@@ -89,7 +89,7 @@ def test_table_types(kind, smollm, tmp_path):
         stored = gguf.quants.dequantize(tensor.data[ids], tensor.tensor_type)[:, site.column : site.column + site.width]
         error = np.abs(stored - rows[site.name]).max() / np.abs(rows[site.name]).max()
         assert error < {"f32": 1e-30, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2, "q6_k": 5e-2, "q4_0": 2e-1}[kind]
-    if kind == "q6_k":  # blocks of 256 fit no projection of this model
+    if kind == "q6_k":  # blocks of 256 do not fit any projection of this model
         assert {table.type.name for table in result.tables} == {"Q8_0"}
 
 
@@ -102,7 +102,7 @@ def test_rows_do_not_depend_on_their_batch(smollm):
 
 
 def test_blocks_do_not_mix_sites(archs):
-    """Sites whose width is no multiple of the block get a table of their own."""
+    """Sites whose width is not a multiple of the block get a table of their own."""
     with Analysis(archs / "falcon-h1-dense.gguf") as analysis:
         kinds = {site: fitting(gguf.GGMLQuantizationType.Q8_0, site.width) for site in analysis.sites}
         tables, placed = layout(analysis.sites, kinds, analysis.n_vocab)
@@ -111,7 +111,7 @@ def test_blocks_do_not_mix_sites(archs):
 
 
 def test_small_products_make_no_large_tables(archs, tmp_path):
-    """A product with a head's key projection, which has 128 inputs, is worth its table for 128 tokens, but not for 200,000."""
+    """A product with a head's key projection, which has 128 inputs, is worth its table for 128 tokens but not for 200,000."""
     n_vocab = 200_000
     lists = {"tokens": [str(i) for i in range(n_vocab)], "scores": [0.0] * n_vocab, "token_type": [1] * n_vocab}
     keys = {f"tokenizer.ggml.{name}": values for name, values in lists.items()} | {"deepseek2.vocab_size": n_vocab}
@@ -133,7 +133,7 @@ def test_small_products_make_no_large_tables(archs, tmp_path):
 
 
 def test_a_file_that_would_not_load_is_not_written(llama, tmp_path, monkeypatch):
-    """Should recipes ever differ between conversion and loading, the converter finds out, not the user."""
+    """If recipes ever differ between conversion and loading, the converter notices, not the user."""
     recipe = Analysis._site
     monkeypatch.setattr(Analysis, "_site", lambda self, i: replace(recipe(self, i), recipe=f"not {recipe(self, i).recipe}"))
     with pytest.raises(FirstLayerError, match=r"x\.gguf would not load, so it was not written.*no node of the graph matches"):

@@ -1,4 +1,4 @@
-"""Other devices than the processor: over RPC, on Vulkan where it was built, and what the tables of llama.cpp's backends say."""
+"""Devices other than the CPU: over RPC, on Vulkan if it was built, and what llama.cpp's tables of its backends say."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def offloaded(model: Path, servers: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("n_servers", [1, 2])
 def test_rpc(n_servers, smollm, smollm_flp):
     """The same text with all layers offloaded. The table stays on the host, its rows are copied to layer 0's device once, and
-    the devices are not stopped more often than without tables.
+    the devices are not interrupted more often than without tables.
     """
     with ExitStack() as stack:
         servers = ",".join(stack.enter_context(rpc_server()) for _ in range(n_servers))
@@ -78,8 +78,8 @@ def test_rpc(n_servers, smollm, smollm_flp):
 @pytest.fixture(params=["patched", "vulkan"])
 def device_build(request, monkeypatch) -> Path:
     """A build that has a device: Metal on macOS, or what scripts/test-vulkan builds."""
-    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # otherwise llama.cpp leaves out devices in software
-    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # which is faster with kernels that run only once
+    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # otherwise llama.cpp leaves out software devices
+    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # faster for kernels that run only once
     build = PATCHED if request.param == "patched" else ROOT / "build" / "vulkan" / "bin"
     if not build.exists() or run(build, {"run": "devices"})[0] == ["CPU"]:
         pytest.skip("no device")
@@ -88,8 +88,8 @@ def device_build(request, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "command-r-dense", "gemma3-dense", "mamba-dense"])
 def test_device(name, device_build, archs, tmp_path):
-    """With layer 0 on the processor, where rows were computed, logits are those of the source on the same devices bit for bit.
-    With all layers on the device, where the source rounds otherwise than the rows did, greedy text is the same.
+    """With layer 0 on the CPU, where rows were computed, logits equal the source's on the same devices bit for bit.
+    With all layers on the device, where the source rounds differently, the greedy text is the same.
     """
     source = archs / f"{name}.gguf"
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
@@ -106,14 +106,14 @@ def test_device(name, device_build, archs, tmp_path):
 
 
 #
-# backends that are not here
+# backends that this machine does not have
 #
 
 
-# tests/test_architectures.py shows that a rewritten graph has no operation that the stock graph does not have as well, for the
-# same types, but lookups on the host and copies of F32
+# tests/test_architectures.py shows that a rewritten graph has only operations that the stock graph has for the same types,
+# except for lookups on the host and copies of F32
 def supported(backend: str, operation: str, pattern: str) -> list[bool]:
-    """What llama.cpp's table of a backend says of an operation with parameters that match; the tables come from supports_op."""
+    """What llama.cpp's table of a backend says about an operation with matching parameters; tables come from supports_op."""
     with (ROOT / "build" / "llama.cpp" / "docs" / "ops" / f"{backend}.csv").open() as file:
         return [
             row["supported"] == "1"
@@ -123,7 +123,7 @@ def supported(backend: str, operation: str, pattern: str) -> list[bool]:
 
 
 def test_types_of_tables():
-    """Tables are looked up on the processor, where every type has a lookup; llama.cpp's table of it leaves out four."""
+    """Lookups run on the CPU, which has one for every type; llama.cpp's table of the CPU leaves out four."""
     assert all(supported("CPU", "GET_ROWS", ""))
     listed = {kind for kind in TYPES if supported("CPU", "GET_ROWS", f"(?i)type={kind},")}
     assert set(TYPES) - listed == {"tq1_0", "tq2_0", "nvfp4", "q1_0"}
@@ -131,7 +131,7 @@ def test_types_of_tables():
 
 @pytest.mark.parametrize("backend", ["CUDA", "Metal", "Vulkan", "SYCL", "OpenCL", "WebGPU", "CANN"])
 def test_backend_support(backend):
-    """The rewrite adds copies of F32, and gives operations rows with gaps between them: every backend has both."""
+    """The rewrite adds copies of F32, and gives operations rows with gaps between them: every backend supports both."""
     cases = [
         ("CONT", "type=f32"),
         ("ROPE", "type=f32.*,v=1"),

@@ -12,7 +12,7 @@ from support.models import convert
 
 from gguf_firstlayer import inspect
 
-# architecture -> sites at least, and weights of layer 0 that must be gone from file and graph
+# architecture -> least number of sites, and weights of layer 0 that must be gone from file and graph
 ARCHITECTURES = {
     "llama-dense": (3, ["attn_q", "attn_k", "attn_v", "attn_norm"]),
     "gptneox-dense": (1, ["attn_qkv", "attn_norm"]),
@@ -55,7 +55,7 @@ def test_warmup_of_elided_experts(archs, tmp_path):
 
 
 def test_falcon_has_two_terms_but_command_r_one(archs):
-    """The FFN of a parallel block is one site, with the skip where the graph adds them before the attention."""
+    """The FFN of a parallel block is one site, including the skip if the graph adds them before the attention."""
     recipes = {name: [s.recipe for s in inspect(archs / f"{name}.gguf").sites] for name in ("falcon-dense", "command-r-dense")}
     assert any(recipe.startswith("mul_mat(blk.0.ffn_down.weight") for recipe in recipes["falcon-dense"])
     assert any(recipe.startswith("add(") and "ffn_down" in recipe for recipe in recipes["command-r-dense"])
@@ -71,7 +71,7 @@ def test_smollm_f32_is_exact(batch, smollm, smollm_flp):
 
 
 def test_repacked_weights_are_exact(smollm, tmp_path):
-    """llama.cpp repacks Q4_0 for kernels of its own; rows must come from the same ones."""
+    """llama.cpp repacks Q4_0 for kernels of its own; rows must come from the same kernels."""
     source = tmp_path / "q4_0.gguf"
     subprocess.run([PATCHED / "llama-quantize", "--allow-requantize", smollm, source, "q4_0"], check=True, capture_output=True)
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
@@ -93,8 +93,8 @@ def test_smollm_graph(smollm, smollm_flp):
 
 
 def test_smollm_q8_0_is_close(smollm, smollm_flp):
-    """The model rounds its activations to 8 bits, so any change of the last bit anywhere, such as another batch size, moves
-    its output. Tables of q8_0 must move it no further than the stock library moves itself.
+    """The model rounds its activations to 8 bits, so any change of a last bit, such as by another batch size, changes its
+    output. Tables of q8_0 must not change it more than another batch size does in the stock library.
     """
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, in a village by the sea,"]
     jobs = [

@@ -20,7 +20,7 @@ from gguf_firstlayer.runtime import library
 
 
 def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
-    """A copy of a model of F32 with the matrices of its attention in another type."""
+    """A copy of an F32 model with its attention matrices in another type."""
     block, size = GGML_QUANT_SIZES[kind]
     quantize = library().ggml.ggml_quantize_chunk
 
@@ -30,7 +30,7 @@ def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
             return data
         rows = np.ascontiguousarray(data.reshape(-1, width))
         out = np.empty((len(rows), width // block * size), dtype=np.uint8)
-        importance = np.ones(width, dtype=np.float32)  # which the smallest types cannot do without
+        importance = np.ones(width, dtype=np.float32)  # required by the smallest types
         quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), width, importance.ctypes.data)
         return out.reshape(*data.shape[:-1], -1)
 
@@ -39,9 +39,9 @@ def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_source_type(kind, llama, tmp_path):
-    """Whatever the type of the weights, tables hold what the kernels for it give.
+    """Whatever the type of the weights, tables hold what its kernels compute.
 
-    Fails if rows are computed by other kernels than those of the run time, such as for repacked weights.
+    Fails if rows are not computed by the kernels of the run time, such as those for repacked weights.
     """
     source = quantized(llama, tmp_path / "source.gguf", TYPES[kind])
     types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(source).tensors}
@@ -53,7 +53,7 @@ def test_source_type(kind, llama, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--no-tensor-first-split"]], ids=["plain", "no tensor in the first part"])
 def test_split_source(options, llama, llama_flp, tmp_path):
-    """A model in parts converts to what the whole one does, but cannot be restored."""
+    """A split model converts to the same tensors and keys as the whole one, but cannot be restored."""
     parts = split(llama, tmp_path / "part", *options)
     assert len(parts) > 2
     result = convert(parts[0], type="f32")
@@ -68,7 +68,7 @@ def test_split_source(options, llama, llama_flp, tmp_path):
 
 
 def test_split_output(llama, llama_flp, tmp_path):
-    """The output can be written in parts, which run."""
+    """The output can be written in parts, and these run."""
     done = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--split-max-size", "1M")
     assert done.returncode == 0, done.stderr
     parts = sorted(tmp_path.iterdir())

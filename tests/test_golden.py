@@ -1,4 +1,4 @@
-"""What must never change: the spelling of recipes, the choice of sites, and that files that were written once load."""
+"""What must never change: the spelling of recipes, the choice of sites, and that files written once still load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = ["serial-elided", "serial-kept", "serial-part", "serial-split-00001-of-0
 
 
 def test_recipes(archs):
-    """Of every architecture. Where one differs, released files of it are refused."""
+    """Recipes of every architecture. If one changes, released files with it are refused."""
     assert list(make.recipes(archs)) == (GOLDEN / "recipes.txt").read_text().splitlines()
 
 
@@ -40,7 +40,7 @@ def test_files_load_for_ever(name):
 
 @pytest.mark.parametrize("name", ["serial", "parallel"])
 def test_the_same_keys_are_written_today(name, tmp_path):
-    """What a file says of itself: names and places of sites, elided weights, fingerprints, the source."""
+    """What a file says about itself: names and places of sites, elided weights, fingerprints, the source."""
     today = convert(GOLDEN / f"{name}.gguf", tmp_path / "x.gguf", type="f32").output
 
     def keys(path: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_f32_tables_change_nothing(smollm, smollm_flp):
     assert result.perplexity == result.perplexity_source
     assert set(result.greedy) == {None}
     assert (result.kld_added, result.kld_added_error) == (0, 0)
-    assert result.kld_floor > 0  # or the comparison was of a thing with itself
+    assert result.kld_floor > 0  # otherwise something was compared with itself
 
 
 def test_agrees_with_llama_perplexity(smollm, smollm_flp, tmp_path):
@@ -104,7 +104,7 @@ def test_verify_from_the_command_line(smollm, smollm_flp, tmp_path):
 
 
 def test_tables_of_another_model(llama, tmp_path):
-    # of the same shapes, so that only the fingerprint tells
+    # the shapes are the same, so only the fingerprint shows it
     other = rewrite(
         llama, tmp_path / "other.gguf", change_tensor=lambda name, data: data * 1.01 if "0.attn_q" in name else data
     )
@@ -142,7 +142,7 @@ def _table_type(path):
 
 def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch):
     converted = convert(smollm, tmp_path / "q4_0.gguf", type="q4_0").output
-    assert verify(smollm, converted).problems == []  # the bound of types that were asked for is wide
+    assert verify(smollm, converted).problems == []  # the bound for types that the user chose is wide
     monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", 1e-4)
     result = verify(smollm, converted)
     assert result.kld_added + result.kld_added_error > 1e-4
@@ -151,7 +151,7 @@ def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch):
 
 
 def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
-    """Of one file, on the built-in sample, the part of the tables is one figure."""
+    """For the same file, on the built-in sample, both report the same part of the tables."""
     with analyse(smollm) as analysis:
         kinds = {site: fitting(_q8_0(), site.width) for site in analysis.sites}
         told = measure_again(Source(smollm), analysis, kinds, 1e-4)
@@ -163,7 +163,7 @@ def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
 
 @pytest.mark.parametrize(("bound", "within"), [(1.01, True), (0.99, False)])
 def test_verdict_follows_from_the_figures(bound, within, smollm, smollm_flp, monkeypatch):
-    """What is printed, and its error, are within the bound that is printed beside them, or the verdict says so."""
+    """The printed figure and its error are within the printed bound, or the verdict says that they are not."""
     first = verify(smollm, smollm_flp["q8_0"], tokens=300)
     module = sys.modules["gguf_firstlayer.verify"]
     monkeypatch.setattr(module, "MAX_KLD", bound * (first.kld_added + first.kld_added_error))
@@ -203,7 +203,7 @@ def test_verify_refuses(llama, llama_flp, tmp_path):
 
 
 def test_intervals_hold_the_truth():
-    """Loads differ by 2 %, blocks of a load by 5 %: an interval that forgets the loads holds it in half of the cases."""
+    """Loads differ by 2 %, blocks of a load by 5 %: an interval that ignores the loads is right in half of the cases."""
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(400):
@@ -213,7 +213,7 @@ def test_intervals_hold_the_truth():
 
 
 def test_verdicts():
-    """No winner if the interval holds 1, and no gain beyond what is possible. The second to the fourth were seen."""
+    """No winner if the interval contains 1, and no gain beyond what is possible. The second to fourth cases were observed."""
 
     def found(low: float, value: float, high: float, bound: float) -> str:
         return verdict(Ratio(value, low, high), bound)
@@ -228,7 +228,7 @@ def test_verdicts():
 
 
 def loads(waited: Callable[[int, int], float], gain: float = 1.02) -> list[Load]:
-    """Of 6 times 20 rounds; blocks that wait are slower by as much, and the converted model's are lucky."""
+    """6 loads of 20 rounds; waiting slows down the source's blocks, but by luck not the converted model's."""
     rng, made = np.random.default_rng(0), []
     for i in range(6):
         waits = np.array([waited(i, j) for j in range(20)])
@@ -239,7 +239,7 @@ def loads(waited: Callable[[int, int], float], gain: float = 1.02) -> list[Load]
 
 
 def test_disturbed_blocks_are_left_out():
-    """Fails if what other work does to blocks is counted as a gain."""
+    """Fails if the effect of other work on blocks is counted as a gain."""
     cell = _cell(1, 0, loads(lambda _, j: 0.1 if j % 2 else 0.0), 1.05)
     assert cell.disturbed == 0.5
     assert cell.rounds == 60
@@ -261,7 +261,7 @@ def test_no_verdict_on_a_busy_machine():
 
 
 def test_busy_machine(smollm, smollm_flp):
-    """Beside two loops for each processor, which leave the models a third of the time at most."""
+    """Two busy loops per processor leave the models a third of the time at most."""
     with contextlib.ExitStack() as stack:
         for _ in range(2 * len(os.sched_getaffinity(0))):
             loop = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
@@ -274,7 +274,7 @@ def test_busy_machine(smollm, smollm_flp):
 
 
 def test_tokens_are_those_of_a_text(smollm):
-    """As many of them are the first of their kind as in a text; random ids are for who asks for them."""
+    """Tokens repeat as often as in a text; random ids are used only on request."""
     tokens = _tokens(False, smollm)
     with analyse(smollm) as analysis:
         text = analysis.tokenize((ROOT / "gguf_firstlayer" / "sample.txt").read_text())
@@ -285,7 +285,7 @@ def test_tokens_are_those_of_a_text(smollm):
 
 
 def test_constants_instead_of_lookups(llama, llama_flp):
-    """The limit computes what the model would if the sites of the token at place i were those of token i."""
+    """With constants, the model computes what it would if the token at place i had the sites of token i."""
     token = 100
     with analyse(llama) as analysis:
         exact = analysis.rows([0, token])
@@ -323,7 +323,7 @@ def test_bench(smollm, smollm_flp, tmp_path):
         assert taken.tables > 40e6
         assert taken.rows_touched <= taken.tables_mapped
         assert taken.resident <= taken.peak
-        # tables are no part of what is read, but for their rows
+        # of the tables, only the rows looked up are read
         weights = taken.file - taken.tables
         assert weights < taken.resident_files < weights + taken.tables_mapped + 16e6
     assert "of that" in summary(result)
@@ -363,7 +363,7 @@ def test_bench_from_the_command_line(llama, llama_flp, tmp_path):
     result = json.loads(done.stdout)
     assert [cell["batch"] for cell in result["cells"]] == [1, 4]
     assert result["threads"] == 1
-    assert result["cells"][0]["limit"]  # what --ceiling was called once
+    assert result["cells"][0]["limit"]  # --limit is the former name of --ceiling
     (plot,) = (tmp_path / "plots").iterdir()
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -382,7 +382,7 @@ def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which pages are mapped")
 def test_loading_reads_no_tables(smollm_flp):
-    """llama.cpp by itself maps all of a file that has no tensor above 4 GiB."""
+    """By default llama.cpp maps all of a file that has no tensor above 4 GiB."""
     code = (
         "import sys; from pathlib import Path; from gguf_firstlayer.resources import mapped;"
         "from gguf_firstlayer.decoder import Decoder; from gguf_firstlayer.source import Source;"
@@ -391,7 +391,7 @@ def test_loading_reads_no_tables(smollm_flp):
     )
     done = subprocess.run([sys.executable, "-c", code, smollm_flp["f32"]], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
-    # with the page that is touched, Linux maps those around it, up to 2 MiB
+    # with a touched page, Linux also maps those around it, up to 2 MiB
     assert before == 0 < after <= 2 * 2**21
 
 
@@ -405,7 +405,7 @@ def test_decoding_reads_what_the_plan_says(smollm, smollm_flp):
     outline = of_file(smollm)
     plan = estimate(outline, {site: _q8_0() for site in outline.sites})
     before, after = bytes_read(smollm), bytes_read(smollm_flp["q8_0"])
-    # whole pages, and norms are next to matrices
+    # pages count as a whole, and norms are next to matrices
     assert before == pytest.approx(plan.decode_bytes_without, abs=16 * 4096)
     assert after == pytest.approx(plan.decode_bytes_with, abs=16 * 4096)
     assert before - after == pytest.approx(plan.decode_bytes_without - plan.decode_bytes_with, abs=4 * 4096)
@@ -427,7 +427,7 @@ def test_instructions_fall_as_the_plan_says(parallel, tmp_path):
     total = sum(outline.products(use) for use in outline.uses)
     gone = sum(outline.products(use) for use in outline.replaced(outline.sites))
     before, after = instructions(source), instructions(converted)
-    # attention, norms and rounding of activations are the rest of the instructions, and stay
+    # the other instructions, for attention, norms and rounding of activations, stay
     assert 0.75 * gone / total < 1 - after / before < 1.05 * gone / total
     name = "parallel" if parallel else "serial"
     REPORT.append(

@@ -12,7 +12,7 @@ from support.models import convert
 from support.servers import openai_client
 
 QUESTIONS = ["Name three colours.", "What is the capital of France?", "Write a line about the sea.", "Why is the sky blue?"]
-# how much of a prompt is cached decides on its batches, and so on last bits
+# the cached part of a prompt changes its batches, and so the last bits
 ASK: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 24, "extra_body": {"cache_prompt": False}}
 
 
@@ -29,11 +29,11 @@ def stream(client: openai.OpenAI, question: str) -> str:
 
 
 def answers(client: openai.OpenAI) -> list[str]:
-    """One after the other, and streamed; several clients at once are answered too."""
+    """Answers one at a time, and streamed; several clients at once get answers too."""
     alone = [chat(client, question) for question in QUESTIONS]
     alone += [stream(client, QUESTIONS[0]), client.completions.create(prompt="Once upon a time", **ASK).choices[0].text]
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        # the batches that tokens of several clients come in are chance
+        # how tokens of several clients are batched is up to chance
         assert all(pool.map(lambda question: chat(client.copy(), question), QUESTIONS))
     return alone
 

@@ -1,4 +1,4 @@
-"""Plans: against the paper, against conversions, and against what tensors say."""
+"""Plans, compared with the paper, with conversions, and with the tensors of files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gguf_firstlayer.selection import select
 from gguf_firstlayer.source import Source
 
 # arXiv 2402.13388: shape; weights eliminated; reads of one token without and with; reductions for batches of 1, 16, 256, 1024;
-# growth of what is stored; net change, and in per cent
+# growth of the stored values; net change, also in per cent
 PAPER = {
     "Pythia-6.9B": (
         Shape(50400, 4096, 32, 32, 32, 16384, feed_forward_matrices=2, parallel=True),
@@ -77,7 +77,7 @@ def test_shape_on_the_command_line():
 
 
 def test_reductions_below_one():
-    """Of batches for which tables read more than weights do."""
+    """For large batches, tables read more than weights do."""
     done = cli("plan", "--shape", SHAPE.replace("PARALLEL", "parallel"), "--batch", "1,8192,32768,100000")
     column = [line.split()[3] for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0][0].isdigit()]
     assert column == ["11,264x", "1.62x", "0.594x", "0.363x"]
@@ -100,7 +100,7 @@ def test_plan_of_auto(smollm):
 
 @pytest.mark.parametrize(("name", "of_paper"), [("mistral-7b-v0.1", "Mistral-7B"), ("pythia-6.9b", "Pythia-6.9B")])
 def test_header_of_a_published_model(name, of_paper, headers):
-    """llama.cpp's graph of the published shape has the paper's numbers, although only the header of the file is there."""
+    """llama.cpp's graph of the published shape gives the paper's numbers, although the file is only a header."""
     _, (eliminated, without, instead, reductions, *_) = PAPER[of_paper]
     result = plan(headers[name])
     assert result.values_eliminated == eliminated
@@ -121,7 +121,7 @@ def test_header_only_is_for_plans(headers):
 
 
 def read_per_token(path: Path, tied: bool, experts: float = 1.0) -> float:
-    """Bytes that a token reads of a model's weights: all of them, but one row of the embedding, and some of the experts."""
+    """Bytes that a token reads of a model's weights: all, except for the embedding (one row) and experts (some)."""
     total = 0.0
     for tensor in Source(path).tensors.values():
         share = experts if "_exps" in tensor.name else 1
@@ -146,7 +146,7 @@ def test_bytes_per_token(smollm, headers):
 
 
 def test_operations_of_prefill(headers):
-    """A token is multiplied with every matrix but the head, which only the last one is; in the last layer, so is its FFN."""
+    """Tokens are multiplied with every matrix, except that only the last token is with the head and the last layer's FFN."""
     outline = of_file(headers["llama-2-70b"])
     per_layer = sum(
         weight.values for name, weight in outline.weights.items() if name.startswith("blk.0.") and len(weight.shape) > 1
@@ -166,13 +166,13 @@ def test_a_conversion_does_what_the_plan_says(name, keep_weights, archs, tmp_pat
     assert told.file_change == sum(table.bytes for table in done.tables) - sum(weight.bytes for weight in done.elided)
     assert told.weights_eliminated == len(done.elided)
     assert {site.name for site in told.sites} == {site.name for site in done.sites}
-    # the rest are recipes and names, and what `revert` needs
+    # the rest is recipes, names, and what `revert` needs
     added = done.output_bytes - done.source_bytes - told.file_change
     assert 0 < added - len(Source(source).header()) < 16384
 
 
 def test_typical_text_touches_part_of_the_tables(smollm):
-    """The rows of a text are more than its distinct tokens' bytes, and less than the table."""
+    """The rows of a text take more than their bytes, and less than the table."""
     result = plan(smollm)
     grown = result.resident_change + result.bytes_eliminated
     assert 2000 * 1020 < grown < result.table_bytes["q8_0"] / 4
@@ -180,7 +180,7 @@ def test_typical_text_touches_part_of_the_tables(smollm):
 
 @pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "arctic-moe", "mamba2-dense", "lfm2-dense", "falcon-h1-dense"])
 def test_selection(name, archs):
-    """Under every budget, no other sites that fit save more: sites that share a matrix are taken together, or left."""
+    """Under every budget, no other sites that fit save more: sites that share a matrix are taken together or not at all."""
     outline = of_file(archs / f"{name}.gguf")
     kinds = dict.fromkeys(outline.sites, table_type("f32"))
 
@@ -213,7 +213,7 @@ def test_a_budget_in_bytes_is_kept(archs, tmp_path):
 
 
 def test_max_growth(smollm, tmp_path):
-    """A budget takes part of the tables; the rest is computed as ever, with the same result."""
+    """Within a budget, part of the tables is taken; the rest is computed as usual, with the same result."""
     done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "f32", "--max-growth", "80%")
     assert done.returncode == 0, done.stderr
     assert "left out by --max-growth: Qcur-0 (576 values per token): 108.0 MiB of f32" in done.stdout
@@ -244,7 +244,7 @@ def test_growth_in_units(growth, n_bytes, smollm, tmp_path):
 
 @pytest.mark.parametrize("growth", ["5", "0", "-1", "5K"])
 def test_growth_that_is_too_small(growth, smollm, tmp_path):
-    """The message tells how it was read, and a growth that is enough: `5` was meant to be `5%`."""
+    """The message says how it was read, and which growth is enough: `5` was meant to be `5%`."""
     arguments = ["convert", smollm, "-o", tmp_path / "x.gguf", "--type", "f32", "--max-growth"]
     message = refusal(cli(*arguments, growth))
     read = {"5": "5 bytes", "0": "0 bytes", "-1": "-1 bytes", "5K": "5,000 bytes"}[growth]
@@ -256,7 +256,7 @@ def test_growth_that_is_too_small(growth, smollm, tmp_path):
 
 
 def test_growth_is_announced(smollm, tmp_path):
-    """Before anything is measured; the file then is as large as was said."""
+    """The growth is announced before anything is measured, and the file grows by as much."""
     output = tmp_path / "x.gguf"
     done = cli("convert", smollm, "-o", output, "--type", "q8_0")
     assert done.returncode == 0
@@ -275,7 +275,7 @@ def test_growth_is_announced(smollm, tmp_path):
 
 
 def test_yes_is_accepted(llama, tmp_path):
-    """By which versions that asked before they wrote were answered."""
+    """Earlier versions asked before they wrote, and --yes was the answer."""
     assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--yes").returncode == 0
 
 
@@ -311,7 +311,7 @@ def test_refusals(smollm, smollm_flp, llama, tmp_path):
 
 
 def test_headers_of_a_split_model(llama, tmp_path):
-    """Of no part need there be more than the header."""
+    """The header of each part is enough."""
     parts = split(llama, tmp_path / "part")
     for part in parts:
         os.truncate(part, GGUFReader(part).data_offset)
@@ -323,7 +323,7 @@ def test_headers_of_a_split_model(llama, tmp_path):
 
 
 def test_headers_that_lie(headers, tmp_path):
-    """Of sizes that no file can have, or as a part of a split model whose others are missing."""
+    """Headers with sizes that no file can have, and a part of a split model whose other parts are missing."""
     header = headers["smollm2-135m"].read_bytes()
     name = b"blk.29.ffn_down.weight"
     at = header.index(name) + len(name) + 4
@@ -334,11 +334,11 @@ def test_headers_that_lie(headers, tmp_path):
     alone = tmp_path / "x-00002-of-00003.gguf"
     alone.write_bytes(header)
     assert "135" not in refusal(cli("plan", tmp_path / "x-00001-of-00003.gguf"))
-    assert cli("plan", alone).returncode == 0  # it only is named like a part
+    assert cli("plan", alone).returncode == 0  # it is only named like a part
 
 
 def test_the_vocabulary_makes_no_difference(smollm):
-    """Plans leave it out, since it takes longer to load than all the rest."""
+    """Plans leave it out, since it takes longer to load than everything else."""
     with Analysis(smollm) as whole, Analysis(smollm, load_vocab=False) as lean:
         assert lean.n_vocab == whole.n_vocab == 49152
         assert (lean.sites, lean.uses, lean.elidable) == (whole.sites, whole.uses, whole.elidable)
@@ -346,7 +346,7 @@ def test_the_vocabulary_makes_no_difference(smollm):
 
 
 def test_output_that_nobody_reads(smollm):
-    """As of `plan ... | head -1`."""
+    """As in `plan ... | head -1`."""
     command = [sys.executable, "-m", "gguf_firstlayer", "plan", str(smollm), "--json"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout

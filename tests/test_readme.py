@@ -32,7 +32,7 @@ def transcript() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def pythia(tmp_path_factory) -> Path:
-    """The folder above that of the model on the first screen."""
+    """The folder in which the commands on the first screen run."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").mkdir()
     command = [ROOT / "scripts" / "reports" / "catalogue.py", "pythia-160m", "models/pythia-160m.gguf", "Q8_0"]
@@ -42,14 +42,14 @@ def pythia(tmp_path_factory) -> Path:
 
 
 def test_transcript(pythia, monkeypatch):
-    """Sizes and bounds to the last digit; of what is measured, the form."""
+    """Sizes and bounds match to the last digit; measured figures match in form."""
     (plan, planned), (convert, converted), (measure, measured) = transcript().items()
     monkeypatch.chdir(pythia)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert subprocess.run(["bash", "-c", plan], capture_output=True, text=True, check=True).stdout.splitlines() == planned
     done = subprocess.run(shlex.split(convert), capture_output=True, text=True, check=True)
     said = (done.stderr + done.stdout).splitlines()
-    assert [line for line in said if not line.startswith("tables: ")] == converted  # that is a bar at a terminal
+    assert [line for line in said if not line.startswith("tables: ")] == converted  # a bar at a terminal
 
     words = shlex.split(measure.partition(" | ")[0])
     assert words[:2] + words[4:] == ["gguf-firstlayer", "bench", "--batch", "1,128"]

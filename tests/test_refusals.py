@@ -70,7 +70,7 @@ def test_truncated(share, llama, tmp_path):
 
 
 def test_random_damage(llama, tmp_path):
-    """Damaged headers: an answer, and no crash of the converter's process."""
+    """Damaged headers get an answer, and do not crash the converter's process."""
     data, rng = bytearray(llama.read_bytes()), random.Random(1)
     path = tmp_path / "x.gguf"
     n_header = GGUFReader(llama).data_offset
@@ -146,7 +146,7 @@ def test_disk_is_checked_before_computing(llama, tmp_path, monkeypatch):
 
 
 def test_disk_fills_up(llama, tmp_path):
-    """A write that fails half-way, through a limit on the size of files."""
+    """A write fails half-way, because of a limit on the size of files."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -168,10 +168,10 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 
 
 def interrupt(command: list[str], sent: int, event: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:
-    """Send a signal to a command when something has happened. Returns its exit code, and what it said."""
+    """Send a signal to a command when an event has happened. Returns its exit code and errors."""
 
     def defaults() -> None:
-        for number in SIGNALS[:3]:  # a job in the background of a script ignores some
+        for number in SIGNALS[:3]:  # background jobs of a script ignore some
             signal.signal(number, signal.SIG_DFL)
 
     with subprocess.Popen(
@@ -196,7 +196,7 @@ def written(folder: Path) -> int:
 
 @pytest.mark.parametrize("sent", SIGNALS)
 def test_interrupted(sent, smollm, smollm_flp, tmp_path):
-    """At some places of a conversion: the source is intact, the destination absent; what is left, the next one removes."""
+    """At several points of a conversion: the source is intact, the output absent; the next conversion removes what is left."""
     before, whole = digest(smollm), digest(smollm_flp["q8_0"])
     output = tmp_path / "x.gguf"
     command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--type", "q8_0"]
@@ -217,7 +217,7 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
 
 
 def test_interrupted_while_it_starts(smollm):
-    """Numpy is being imported: no traceback of an import."""
+    """While numpy is being imported: no traceback."""
 
     def importing(process: subprocess.Popen) -> bool:
         try:
@@ -247,7 +247,7 @@ def test_only_conversions_say_that_nothing_was_written(smollm, smollm_flp):
 
 
 def test_nohup_is_obeyed(llama, tmp_path):
-    """Who ignores SIGHUP wants the conversion to go on after the terminal is closed."""
+    """If SIGHUP is ignored, the conversion must go on after the terminal is closed."""
     command = ["nohup", sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "x.gguf")]
     with subprocess.Popen([*command, "--type", "f32"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while written(tmp_path) < 0 and process.poll() is None:
@@ -258,7 +258,7 @@ def test_nohup_is_obeyed(llama, tmp_path):
 
 
 def test_folders_of_living_processes_stay(llama, tmp_path):
-    """Only what nobody has locked is abandoned."""
+    """Only folders that nobody has locked are abandoned."""
     alive = replacing(tmp_path / "x.gguf")
     part = alive.__enter__()
     part.write_text("in the middle of it")
@@ -310,7 +310,7 @@ def test_output_is_a_link_that_leads_nowhere(llama, tmp_path):
 
 
 def test_messages_fit_the_caller(llama, tmp_path):
-    """The same error in the terms of the command line, and of Python."""
+    """The same error in terms of the command line, and of Python."""
     output = tmp_path / "x.gguf"
     output.touch()
     assert "replace it with --force, or choose another name with -o" in refusal(cli("convert", llama, "-o", output))
@@ -319,7 +319,7 @@ def test_messages_fit_the_caller(llama, tmp_path):
 
 
 def test_progress(llama, tmp_path):
-    """A bar at a terminal, a line at the start elsewhere, for Python nothing."""
+    """A bar at a terminal, a line at the start elsewhere, nothing in Python."""
     lines = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32").stderr.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("tables: ")
@@ -427,7 +427,7 @@ def test_elided_weight_that_is_needed(llama_flp, tmp_path):
 
 
 def test_kept_weights_are_used_where_recipes_differ(llama, tmp_path):
-    """Weights kept: a table that does not match is left alone, and the model computes as ever."""
+    """With kept weights, a table that does not match is not used, and the model computes as usual."""
     kept = convert(llama, tmp_path / "kept.gguf", type="f32", keep_weights=True).output
     path = rewrite(
         kept,

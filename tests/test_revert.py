@@ -21,13 +21,13 @@ def test_kept_weights(smollm, tmp_path):
 
 
 def test_of_parts(smollm, tmp_path):
-    """llama-gguf-split writes the keys anew, and lays the tensors out otherwise."""
+    """llama-gguf-split rewrites the keys, and lays the tensors out differently."""
     converted = convert(smollm, tmp_path / "x.gguf", keep_weights=True, split_max_size="60M").output
     assert revert(converted, tmp_path / "back.gguf").output.read_bytes() == smollm.read_bytes()
 
 
 def test_elided_weights(llama, smollm, tmp_path):
-    """Another file gives them, but only the right ones."""
+    """Another file can supply them, but only the right ones."""
     converted = convert(llama, tmp_path / "x-flp.gguf").output
     assert "--source" in refusal(cli("revert", converted))
     assert "does not hold" in refusal(cli("revert", converted, "--source", smollm))
@@ -39,7 +39,7 @@ def test_elided_weights(llama, smollm, tmp_path):
 
 
 def test_other_weights_of_the_same_shape(llama, tmp_path):
-    """Only the checksum tells these; the output must not appear."""
+    """Only the checksum reveals these; the output must not appear."""
     converted = convert(llama, tmp_path / "x-flp.gguf").output
     data = bytearray(llama.read_bytes())
     tensor = next(tensor for tensor in GGUFReader(llama).tensors if tensor.name == "blk.0.attn_q.weight")
@@ -50,7 +50,7 @@ def test_other_weights_of_the_same_shape(llama, tmp_path):
 
 
 def test_bytes_outside_of_tensors(llama, tmp_path):
-    """A file with something at its end cannot be restored from its tensors: better nothing than almost the source."""
+    """A file with extra bytes at its end cannot be restored from its tensors: nothing is better than almost the source."""
     source = tmp_path / "tail.gguf"
     source.write_bytes(llama.read_bytes() + b"signature")
     converted = convert(source, tmp_path / "x-flp.gguf", keep_weights=True).output

@@ -1,4 +1,4 @@
-"""The ways of running llama.cpp: with F32 tables, each gives what it gives for the source model, to the last bit.
+"""Ways of running llama.cpp: with F32 tables, each gives the same as for the source model, to the last bit.
 
 What a context computes is compared with the stock library; what only a tool does, with the same tool on the source model.
 Everything runs on one thread, which is slower but does not collapse when the machine has other things to do.
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_context(name, smollm, smollm_flp):
-    """A real model gives the same bits, whatever the context is asked for.
+    """A real model gives the same bits, whatever the options of the context.
 
     Fails if the rewrite takes the token axis for another one, rows of one sequence for another's, or a graph that is built
     only here is rewritten wrongly or not at all.
@@ -91,7 +91,7 @@ def test_loading(load, smollm, smollm_flp):
 
 
 def test_lazy_reading_of_an_elided_table(archs, tmp_path):
-    """Per-layer embeddings are read lazily, but not where they went into a table: then the table is, and nothing else."""
+    """Per-layer embeddings are read lazily, unless they went into a table: then only the table is."""
     converted = convert(archs / "gemma4-dense.gguf", tmp_path / "flp.gguf", type="f32")
     assert "per_layer_token_embd.weight" in {weight.name for weight in converted.elided}
     steps = [["decode", [[0], random(20, 1)]]]
@@ -108,18 +108,18 @@ def test_lazy_reading_of_an_elided_table(archs, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
 def test_lazy_tables_stay_in_the_file(smollm_flp):
-    """Lazy reading is for tables too: what is not looked up takes no memory. Fails if tables are not marked for it."""
+    """Tables are read lazily too: rows that are not looked up take no memory. Fails if tables are not marked for it."""
     steps = [["decode", [[0], [1, 2, 3]]], ["resident"]]
     off, on = (session(smollm_flp["f32"], PATCHED, steps, load={"lazy_mode": mode})[1][0] for mode in (0, 2))
     table = 49152 * 960 * 4
-    assert off - on > table / 2  # pages around those that are read come along
+    assert off - on > table / 2  # neighbouring pages are read too
 
 
 def random(count: int, seed: int) -> dict[str, int]:
     return {"count": count, "seed": seed}
 
 
-# more than one token of a sequence at a time: for one, F32 weights have a kernel of their own
+# more than one token of a sequence at a time: for a single one, F32 weights have a kernel of their own
 SEQUENCES: list[Any] = [
     ["decode", [[0], random(40, 1)], [[1], random(9, 2)], [[2], random(70, 3)]],
     ["decode", [[1], random(17, 4)], [[2], random(2, 5)]],
@@ -132,7 +132,7 @@ MEMORIES = ["mamba-dense", "qwen35-dense", "falcon-h1-dense", "gemma3-dense", "d
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_sequences_of_other_memories(name, archs, tmp_path):
-    """Recurrent models get batches with an axis for sequences, which must be told from the axis of tokens."""
+    """Recurrent models get batches with an axis for sequences, which must be told apart from the token axis."""
     source = archs / f"{name}.gguf"
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     context = {"n_seq_max": 4}
@@ -144,7 +144,7 @@ def test_sequences_of_other_memories(name, archs, tmp_path):
 
 @pytest.mark.parametrize("name", ["smollm", "mamba-dense", "qwen35-dense", "gemma3-dense"])
 def test_saved_state(name, archs, smollm, smollm_flp, tmp_path):
-    """A saved context or sequence holds the same bytes, and each model goes on from what the other one saved.
+    """A saved context or sequence holds the same bytes, and each model continues from what the other one saved.
 
     Fails if layer 0 writes other keys and values, or if anything that a state holds or is checked against depends on tables.
     """
@@ -168,7 +168,7 @@ def test_saved_state(name, archs, smollm, smollm_flp, tmp_path):
         assert len(state) > 1000
         assert state == Path(file("ours", what)).read_bytes()
 
-    # a restored cache is laid out anew, which can round otherwise, so what comes next is compared between restored ones
+    # a restored cache has another layout, which can round differently, so only sessions with restored caches are compared
     elsewhere = ["decode", [[2], random(7, 4)]]
     stock, ours = (
         session(model, build, [["load", file(other, "all")], go_on], context=context)
@@ -189,7 +189,7 @@ CHAINS = {
 
 @pytest.mark.parametrize(("chain", "backend"), [("greedy", True), ("top-k", False), ("top-k", True), ("grammar", False)])
 def test_samplers(chain, backend, smollm, smollm_flp):
-    """Samplers draw the same tokens, also those that are part of the graph, which the rewrite must leave there.
+    """Samplers draw the same tokens, including samplers that are part of the graph, which the rewrite must keep.
 
     Fails if the rewrite drops the nodes of samplers: then no token is drawn in the graph.
     """
@@ -209,7 +209,7 @@ def complete(model: Path, *arguments: object) -> str:
 
 
 def test_tools_tell_that_tables_are_used(smollm, smollm_flp):
-    """At their usual verbosity, once; of a model without tables, nothing."""
+    """Once, at their usual verbosity; not for a model without tables."""
     line = "the first layer comes from tables (3 of 3 sites)"
     options = ["-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x"]
     logs = [tool("llama-completion", "-m", model, *options, log=True) for model in (smollm_flp["f32"], smollm)]
@@ -217,7 +217,7 @@ def test_tools_tell_that_tables_are_used(smollm, smollm_flp):
 
 
 def test_tables_are_no_parameters(smollm, smollm_flp):
-    """llama-bench, and whoever asks llama_model_n_params, gets the number of the source's."""
+    """llama-bench, and any caller of llama_model_n_params, gets the source's number of parameters."""
 
     def parameters(model: Path) -> int:
         return json.loads(tool("llama-bench", "-m", model, "-p", 1, "-n", 0, "-r", 1, "-o", "json"))[0]["model_n_params"]
@@ -256,7 +256,7 @@ TEXTS: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_completion(name, smollm, smollm_flp, control_vector):
-    """Options of llama-completion have the same effect, and have one."""
+    """Options of llama-completion have an effect, and it is the same."""
     options = TEXTS[name] + (["--control-vector", control_vector] if name == "control vector" else [])
     source, converted = both(lambda model: complete(model, *options), smollm, smollm_flp["f32"])
     assert source == converted
@@ -264,7 +264,7 @@ def test_completion(name, smollm, smollm_flp, control_vector):
 
 
 def test_prompt_cache(smollm, smollm_flp, tmp_path):
-    """llama-completion goes on from a saved prompt, its own or the source's."""
+    """llama-completion continues from a saved prompt, its own or the source's."""
     caches = {model: tmp_path / model.stem for model in (smollm, smollm_flp["f32"])}
 
     def start(model: Path) -> str:
@@ -283,7 +283,7 @@ def test_prompt_cache(smollm, smollm_flp, tmp_path):
 
 
 def test_chat(smollm, smollm_flp):
-    """llama-cli answers the same; what it says before that names the file."""
+    """llama-cli gives the same answer; its output before that names the file."""
     options = ["-t", 1, "-st", "-p", "What is the capital of France?", "-n", 24, "--temp", 0, "-c", 512, "--no-show-timings"]
     printed = both(lambda model: tool("llama-cli", "-m", model, *options), smollm, smollm_flp["f32"])
     source, converted = (text.split("\n> ", 1)[1] for text in printed)
@@ -305,7 +305,7 @@ def test_perplexity(smollm, smollm_flp, tmp_path):
 
 
 def test_imatrix(smollm, smollm_flp, tmp_path):
-    """An importance matrix has the source's values for all weights but the elided ones, which nothing multiplies with.
+    """An importance matrix has the source's values for all weights except the elided ones, which are not used.
 
     Fails if a weight is collected under another name or with other activations, or if an elided one is read after all.
     """
@@ -347,7 +347,7 @@ def test_split_and_merge(limit, llama_flp, smollm_flp, tmp_path):
 
 
 def test_benchmarks(smollm_flp):
-    """llama-bench and llama-batched-bench run to their ends; what they measure differs every time."""
+    """llama-bench and llama-batched-bench run to completion; their measurements differ every time."""
     model = smollm_flp["f32"]
     results = json.loads(tool("llama-bench", "-m", model, "-t", 1, "-p", 16, "-n", 4, "-r", 1, "-fa", "0,1", "-o", "json"))
     assert [(result["n_prompt"], result["n_gen"]) for result in results] == [(16, 0), (0, 4)] * 2
@@ -414,10 +414,10 @@ def test_server(name, smollm, smollm_flp):
 
 
 def test_slots_join_and_leave(smollm, smollm_flp):
-    """Requests that arrive while others are computed get the text that the source gives each of them on its own.
+    """Requests that arrive while others are computed get the text that the source gives each of them alone.
 
-    Batches are composed by chance here, which moves logits by rounding. So these are texts without a close call: each token
-    is at least half a nat ahead. Fails if a token gets a row of another one, be it of its own or of another slot.
+    Batches are put together by chance here, which changes logits by rounding. So each token of these texts is at least half
+    a nat ahead of all others. Fails if a token gets the row of another one, of the same or another slot.
     """
     texts = [", ".join(f"{word} {i}" for i in range(1, 8 + 4 * n)) for n, word in enumerate(["line", "page", "day", "room"])]
     requests = [prompt(text + ",", 16 + 4 * n) for n, text in enumerate(texts * 2)]
@@ -436,7 +436,7 @@ def test_slots_join_and_leave(smollm, smollm_flp):
 
 
 def test_saved_slot(smollm, smollm_flp, tmp_path):
-    """A slot that one model saved is restored by the other one, which goes on with the same probabilities."""
+    """A slot that one model saved is restored by the other one, which continues with the same probabilities."""
     options = ["-np", 2, "-c", 1024, "--slot-save-path", f"{tmp_path}/"]
     others = {smollm: smollm_flp["f32"], smollm_flp["f32"]: smollm}
     start, go_on = prompt(TEXT[:500], id_slot=0), prompt(TEXT[:560], id_slot=1)
@@ -456,9 +456,9 @@ def test_saved_slot(smollm, smollm_flp, tmp_path):
 
 @pytest.mark.parametrize("target", ["source", "converted"])
 def test_draft_model(target, smollm, smollm_flp):
-    """A converted draft model proposes what the source proposes, so that as many tokens are accepted.
+    """A converted draft model proposes what the source proposes, so as many tokens are accepted.
 
-    The text alone would say nothing of the draft model, as the target corrects it.
+    The text alone would say nothing about the draft model, since the target corrects it.
     """
     model = {"source": smollm, "converted": smollm_flp["f32"]}[target]
     requests = [prompt(text, 32, n_probs=0) for text in PROMPTS[:2]]

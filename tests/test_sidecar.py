@@ -67,8 +67,8 @@ def test_source_is_not_touched(llama, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
 def test_unreachable_weights_are_not_loaded(tmp_path):
-    """Oracle: Linux, which says how much of the file is in memory. Fails if what is not read is mapped with the rest."""
-    import_module("gguf_firstlayer.llama_cpp")  # which the next one runs on
+    """Oracle: Linux, which says how much of the file is in memory. Fails if unread weights are mapped with the rest."""
+    import_module("gguf_firstlayer.llama_cpp")  # the next import runs on it
     from catalogue import CATALOGUE, write_model
 
     source = tmp_path / "pythia.gguf"
@@ -108,7 +108,7 @@ def test_tools(smollm, sidecar, monkeypatch):
 
 
 def test_draft_model_has_no_use_for_it(smollm, sidecar, llama):
-    """llama.cpp gives the draft the same overrides as the model; the tables are not of the draft."""
+    """llama.cpp gives the draft the same overrides as the model; the tables do not belong to the draft."""
     options = ["-m", smollm, "-md", smollm, "--spec-type", "draft-simple", "-t", 1, "-c", 64]
     ask = [("/completion", {"prompt": "Once", "n_predict": 8, "temperature": 0})]
     assert serve(smollm, ask, *options[2:], "--firstlayer", sidecar)[0]["content"]

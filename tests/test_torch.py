@@ -1,4 +1,4 @@
-"""An oracle that owes nothing to llama.cpp: Hugging Face transformers in torch, from the formula's side."""
+"""An oracle that is independent of llama.cpp: the formulas in torch, from Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N_VOCAB = 320
 HIDDEN = 64
 HEADS = 4
 
-# llama.cpp's own script, told which pre-tokenizer our toy vocabulary has: it knows those of published models only
+# llama.cpp's own script, told which pre-tokenizer our toy vocabulary has: it only knows those of published models
 SCRIPT = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -57,7 +57,7 @@ def columns(result, start):
 
 
 def rope_order(rows, n_heads):
-    """Rows of a Q or K projection in the order that llama.cpp's rope wants: both halves of a head interleaved."""
+    """Rows of a Q or K projection in the order that llama.cpp's rope expects: both halves of a head interleaved."""
     n, width = rows.shape
     return rows.reshape(n, n_heads, 2, width // n_heads // 2).swapaxes(2, 3).reshape(n, width)
 
@@ -74,7 +74,7 @@ def compare_logits(model, output):
 
 
 def randomise(model):
-    """Give norms and biases values that a mistake would not leave unnoticed; transformers starts them at 1 and 0."""
+    """Give norms and biases values that reveal mistakes; transformers initializes them to 1 and 0."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ def test_gptneox(tmp_path):
         ffn = layer.mlp(layer.post_attention_layernorm(embedding))
     np.testing.assert_allclose(columns(result, "add(mul_mat(blk.0.attn_qkv"), qkv, atol=1e-5, rtol=1e-4)
 
-    # llama.cpp computes gelu by tanh and from a table of F16 values, which is within 5e-3 of torch's
+    # llama.cpp computes gelu with tanh and a table of F16 values, which is within 5e-3 of torch's
     (site,) = [site for site in result.sites if "ffn_down" in site.recipe]
     assert site.recipe.endswith("blk.0.ffn_down.bias), $1)"), "the skip belongs to the site"
     np.testing.assert_allclose(columns(result, site.recipe), (ffn + embedding).numpy(), atol=5e-3)

@@ -24,7 +24,7 @@ from gguf_firstlayer.source import Source
 
 
 def quantize(source: Path, target: Path, kind: str, *options: str) -> Path:
-    """llama.cpp's own tool."""
+    """Quantize with llama.cpp's own tool."""
     subprocess.run(
         [PATCHED / "llama-quantize", "--allow-requantize", *options, source, target, kind], check=True, capture_output=True
     )
@@ -45,7 +45,7 @@ def effects(smollm_f16):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_lookups_read_every_type(kind, llama, llama_flp, tmp_path):
-    """A model with tables of some type computes what one with F32 tables of the same rows does, as gguf-py reads them."""
+    """With tables of any type, a model computes the same as with F32 tables of the rows that gguf-py reads from them."""
     stored = convert(llama, tmp_path / "stored.gguf", type=kind)
     assert [table.type.name.lower() for table in stored.tables] == [kind]
     (table,) = (t for t in GGUFReader(stored.output).tensors if t.name == "firstlayer.0.table")
@@ -66,7 +66,7 @@ def test_lookups_read_every_type(kind, llama, llama_flp, tmp_path):
 
 @pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0"])
 def test_fallback_is_llama_quantizes(kind, archs, tmp_path):
-    """A type whose blocks do not divide the columns is replaced as llama-quantize replaces it."""
+    """A type whose blocks do not divide the columns is replaced in the same way as by llama-quantize."""
     small = quantize(archs / "apertus-dense.gguf", tmp_path / "small.gguf", kind, "--pure")
     (tensor,) = (t for t in GGUFReader(small).tensors if t.name == "blk.1.attn_q.weight")
     assert int(tensor.shape[0]) == 128
@@ -84,7 +84,7 @@ def test_fallback_is_said(smollm, tmp_path):
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "iq2_xxs", "f16"])
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_rows_are_quantized_alike_in_any_number(kind, n):
-    """Threads take parts of the rows; a row's bytes do not depend on that."""
+    """Threads share the rows; the bytes of a row do not depend on how."""
     rows = np.random.default_rng(0).standard_normal((n, 512), np.float32)
     together = library().quantize(rows, TYPES[kind])
     assert np.array_equal(together, np.concatenate([library().quantize(row[None], TYPES[kind]) for row in rows]))
@@ -102,7 +102,7 @@ def test_values_that_a_type_cannot_hold(llama, tmp_path):
 
 
 def test_measurement_is_that_of_the_file(smollm_f16, effects, tmp_path):
-    """What is measured with rows in memory is what the stock library on the source and ours on a converted file differ by."""
+    """A measurement with rows in memory is the difference of the stock library on the source and ours on a converted file."""
     converted = convert(smollm_f16, tmp_path / "flp.gguf", type="q4_0")
     with Analysis(smollm_f16) as analysis:
         kinds = dict.fromkeys(analysis.sites, GGMLQuantizationType.Q4_0)
@@ -118,7 +118,7 @@ def test_measurement_is_that_of_the_file(smollm_f16, effects, tmp_path):
 
 
 def test_enlarged_errors_tell_the_true_effect(effects):
-    """Where the model's own noise is small, the effect can be measured directly: it is what the enlarged errors say."""
+    """Where the model's own noise is small, the effect can be measured directly: enlarged errors give the same."""
     for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_1):
         errors = auto.table_errors(effects, dict.fromkeys(effects.exact, kind))
         direct, _ = effects.rise(errors, 1)
@@ -143,7 +143,7 @@ def test_the_model_in_memory_is_the_source(smollm, smollm_f16, effects):
 
 
 def test_cheapest_is_the_best():
-    """Against all combinations."""
+    """Compared with all combinations."""
     rng = np.random.default_rng(1)
     for _ in range(50):
         ladders = {}
@@ -165,7 +165,7 @@ def test_cheapest_is_the_best():
 
 
 def test_auto_is_the_default(smollm, tmp_path):
-    """Types are chosen by measurement, twice alike, and the file tells."""
+    """Types are chosen by measurement, the same ones twice, and the file records it."""
     outputs = [tmp_path / name for name in ("a.gguf", "b.gguf")]
     dones = [cli("convert", smollm, "-o", output, "--json") for output in outputs]
     report = json.loads(dones[0].stdout)
@@ -182,7 +182,7 @@ def test_auto_is_the_default(smollm, tmp_path):
 
 @pytest.mark.parametrize(("max_kld", "expected"), [("1", 4.6), ("1e-9", 16)])
 def test_bound_decides(max_kld, expected, smollm_f16, tmp_path):
-    """A loose bound takes narrow types, a strict one wide types."""
+    """A loose bound selects narrow types, a strict one wide types."""
     result = json.loads(cli("convert", smollm_f16, "-o", tmp_path / "x.gguf", "--max-kld", max_kld, "--json").stdout)
     bits = [8 * table.bytes / (table.width * table.rows) for table in inspect(result["output"]).tables]
     assert max(bits) <= expected if expected < 8 else min(bits) >= expected
@@ -196,7 +196,7 @@ def test_bounds_that_are_none(bound, llama, tmp_path):
 
 
 def test_sites_have_types_of_their_own(archs, tmp_path, monkeypatch):
-    """A file of sites in types of their own runs, and differs from its source by what was measured."""
+    """A file whose sites have different types runs, and differs little from its source."""
     source = archs / "llama-dense.gguf"
     with Analysis(source) as analysis:
         names = dict(zip(sorted(site.name for site in analysis.sites), ("q4_0", "q8_0", "f16"), strict=True))

@@ -22,8 +22,8 @@ const char * llama_firstlayer_error(void) {
     return llama_firstlayer_last_error.c_str();
 }
 
-// Overrides by which the model in a file has no vocabulary but its size: nothing else of it is in a graph, and to load it takes
-// longer than all the rest. Ends with an empty one.
+// Overrides that reduce a model's vocabulary to its size: graphs need nothing else of it, and loading it takes longer than
+// everything else. The list ends with an empty override.
 static std::vector<llama_model_kv_override> without_vocab(const char * path_model) {
     std::vector<llama_model_kv_override> res;
 
@@ -51,7 +51,7 @@ static std::vector<llama_model_kv_override> without_vocab(const char * path_mode
     return res;
 }
 
-// a model without its weights, on the CPU, whose buffer types decide on the kernels that rows are computed with
+// a model without its weights, on the CPU: the CPU's buffer types decide which kernels compute the rows
 static llama_model_ptr load_metadata(const char * path_model, bool load_vocab) {
     static ggml_backend_dev_t devices[] = { nullptr };
 
@@ -95,7 +95,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
     cparams.n_batch              = n_batch;
     cparams.n_ubatch             = n_batch;
     cparams.n_seq_max            = n_seqs;
-    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
+    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
 
     ctx.reset(llama_init_from_model(model.get(), cparams));
     if (!ctx) {
@@ -108,7 +108,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
         collect_sites(params.gtype, walk);
     };
 
-    // a site must be there for prefill and for decode
+    // a site must exist in the graphs of both prefill and decode
     build(n_batch, n_batch);
     build(n_seqs, n_seqs);
 
@@ -299,7 +299,7 @@ int32_t llama_firstlayer_n_uses(const llama_firstlayer_analysis * an) {
 
 int32_t llama_firstlayer_get_use(const llama_firstlayer_analysis * an, int32_t i, llama_firstlayer_use * use) {
     if (i < 0 || i >= (int32_t) an->uses.size()) {
-        llama_firstlayer_last_error = format("there is no use %d", i);
+        llama_firstlayer_last_error = format("there is no weight use %d", i);
         return -1;
     }
     const auto & cur = an->uses[i];

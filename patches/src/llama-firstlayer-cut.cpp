@@ -7,17 +7,17 @@
 // cut
 //
 
-// A chain of row-pure nodes can be cut in many places: what is above the cut comes from tables, what is below is computed
-// from them. The sites are a minimum cut between the weights and the impure nodes, by what a token costs:
+// A chain of row-pure nodes can be cut in many places: the part above the cut comes from tables, the part below is computed
+// from them. The sites are a minimum cut between the weights and the impure nodes, with these costs per token:
 //
 //   - a table:            a byte per value (about what Q8_0 takes), and a share of its memory
 //   - a node that stays:  the weights it reads, as stored
 //
-// The share of the memory is what keeps large tables from replacing small products, like those that absorb a head's key
+// The share of its memory keeps a large table from replacing a small product, such as one that absorbs a head's key
 // projection: a table must save a byte per token for every MEMORY_PER_BYTE bytes it takes.
 static const int64_t MEMORY_PER_BYTE = 512;
 
-// The first products on each path always go, since there is nothing to gain otherwise
+// The first product on each path is always replaced, since otherwise there is nothing to gain
 static const int64_t COST_FIRST_PRODUCT = INT64_MAX / 1024;
 static const int64_t COST_INFINITE      = INT64_MAX / 2;
 
@@ -27,7 +27,7 @@ namespace {
 struct flow_network {
     struct edge {
         int     to;
-        int64_t capacity;  // that is left; the edge back is at index ^ 1
+        int64_t capacity;  // remaining; the reverse edge is at index ^ 1
     };
 
     explicit flow_network(int n_nodes) : edges_of(n_nodes) {}
@@ -115,8 +115,8 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
         }
     }
 
-    // two nodes for each row-pure tensor: the first is on the sink's side if it is computed at run time, the second if
-    // somebody needs it
+    // two nodes for each row-pure tensor: the first is on the sink's side if the tensor is computed at run time, the second
+    // if it is needed at run time
     const int    source = 2 * pure.size();
     const int    sink   = source + 1;
     flow_network net(sink + 1);
@@ -141,8 +141,8 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
             }
         }
 
-        // in units of 1/(4*MEMORY_PER_BYTE) bytes per token; the last bits prefer a row to views of all its parts, and
-        // those to copies, which depend on what the attention wants
+        // in units of 1/(4*MEMORY_PER_BYTE) bytes per token; the lowest bits prefer a row to views of all its parts, and
+        // views to copies, which depend on the layout that the attention needs
         const auto &  op   = llama_firstlayer_get_op(t);
         const int64_t move = op.is(LLAMA_FIRSTLAYER_OP_LAYOUT) ? 1 : op.is(LLAMA_FIRSTLAYER_OP_COPY) ? 2 : 0;
         const int64_t row  = 4 * width(t) * (MEMORY_PER_BYTE + n_vocab) + move;

@@ -18,7 +18,7 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
     const auto & weight = ml->require_weight(ggml_get_name(t));
     const size_t size   = ggml_nbytes(t);
 
-    // the buffer type that llama.cpp would load this weight to
+    // the buffer type that llama.cpp would load this weight into
     ggml_backend_buffer_type_t buft  = ggml_backend_buffer_get_type(t->buffer);
     ggml_backend_dev_t         dev   = ggml_backend_get_device(backend.get());
     const size_t               align = ggml_backend_buft_get_alignment(buft);

@@ -22,7 +22,7 @@ static const char * const KV_ELIDED_DIMENSION = "firstlayer.elided.dimension";
 static const char * const KV_SOURCE_NAME      = "firstlayer.source.name";
 static const char * const KV_SOURCE_SAMPLE    = "firstlayer.source.sample";
 
-// of a model, not of a file: an override tells the file that has its tables
+// not a key of a file but an override of a model: the path of its sidecar
 static const char * const KV_FILE = "firstlayer.file";
 
 static const uint32_t VERSION = 1;
@@ -59,7 +59,7 @@ void llama_firstlayer_set_tables(const char * path) {
     path_tables = path ? path : "";
 }
 
-// whether the tables in a sidecar were computed from this model: its weights have the same bytes in their middle
+// whether the tables in a sidecar were computed from this model: the bytes in the middle of its weights are the same
 static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
     size_t          n_weights = 0;
     const int64_t   id_name   = find_array(meta, KV_SOURCE_NAME, GGUF_TYPE_STRING, n_weights, true);
@@ -83,14 +83,14 @@ static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
     return true;
 }
 
-// The metadata of the sidecar that the user told; its tensors become tensors of the model, as those of a split file do.
-// nullptr if none was told, or if it is of another model, as it is of a draft, which is loaded with the same overrides
+// The metadata of the sidecar that the user named; its tensors become tensors of the model, like those of a split file.
+// nullptr if none was named, or if it belongs to another model: a draft model is loaded with the overrides of its target
 static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
     const char * path     = path_tables.empty() ? nullptr : path_tables.c_str();
     const auto   override = ml.kv_overrides.find(KV_FILE);
     if (!path && override != ml.kv_overrides.end()) {
         if (override->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
-            throw std::runtime_error(format("%s must be a string, the name of a file", KV_FILE));
+            throw std::runtime_error(format("override '%s' must be a string: the path of a sidecar", KV_FILE));
         }
         path = override->second.val_str;
     }
@@ -98,7 +98,7 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
         return nullptr;
     }
 
-    auto             file = std::make_unique<llama_file>(path, "rb", ml.use_direct_io);  // throws if there is none
+    auto             file = std::make_unique<llama_file>(path, "rb", ml.use_direct_io);  // throws if it does not exist
     ggml_context *   ctx  = nullptr;
     gguf_context_ptr meta(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/&ctx }));
     ggml_context_ptr tensors(ctx);
@@ -109,7 +109,7 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
         throw std::runtime_error(format("the model has tables of its own: load it without '%s'", path));
     }
     if (!is_source(ml, meta.get())) {
-        LLAMA_LOG_WARN("%s: the tables in '%s' are of another model, they are not used\n", __func__, path);
+        LLAMA_LOG_WARN("%s: the tables in '%s' belong to another model and are not used\n", __func__, path);
         return nullptr;
     }
 
@@ -166,7 +166,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
         const std::string   name = "firstlayer." + suffix;
         const ggml_tensor * t    = ml.require_tensor_meta(name);
-        // as far as get_rows can dequantize: not Q8_1 and Q8_K, which are for activations
+        // the types that get_rows can dequantize: Q8_1 and Q8_K are for activations only
         const bool is_float      = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
         if (!is_float && (!ggml_is_quantized(t->type) || t->type == GGML_TYPE_Q8_1 || t->type == GGML_TYPE_Q8_K)) {
             throw std::runtime_error(
@@ -222,10 +222,12 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
         const auto * present = ml.get_weight(name.c_str());
         if (sidecar && (!present || present->tensor->type != t->type || !ggml_are_same_shape(present->tensor, t))) {
-            throw std::runtime_error(format("weight '%s' is not in the model as the tables want it", name.c_str()));
+            throw std::runtime_error(format(
+                "weight '%s' is missing or differs in type or shape: load the model that the tables were computed from",
+                name.c_str()));
         }
         if (!sidecar) {
-            // the loader asks for shapes and types in several ways; offs is of no use in a weight without data
+            // the loader looks up shapes and types in several ways, so its map has phantoms too; their offs is never used
             auto weight   = ml.weights_map.begin()->second;
             weight.tensor = t;
             if (!ml.weights_map.emplace(name, weight).second) {
@@ -256,7 +258,7 @@ ggml_tensor * llama_firstlayer::phantom(llama_model_loader & ml, const ggml_tens
 }
 
 void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loader & ml) {
-    // llama.cpp reads nothing below 4 GiB lazily by itself. A text touches few rows, so that would be memory for nothing
+    // By default llama.cpp reads nothing below 4 GiB lazily. A text touches few rows, so that would waste memory
     const llama_lazy_mode mode = ml.lazy.mode;
     if (mode == LLAMA_LAZY_MODE_AUTO) {
         ml.lazy.mode = LLAMA_LAZY_MODE_ON;
@@ -270,14 +272,14 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
             model.can_prefetch.insert(table.tensor);
             table.fetched = std::make_unique<std::atomic<bool>[]>(meta->ne[1]);
         }
-        // the model has the parameters of its source
+        // the model has as many parameters as its source
         ml.n_elements -= is_sidecar ? 0 : ggml_nelements(meta);
     }
     for (const auto & [_, t] : phantoms) {
         ml.n_elements += is_sidecar ? 0 : ggml_nelements(t);
     }
     if (is_sidecar && !ml.no_alloc) {
-        // what is mapped lazily and never read takes no memory
+        // weights that are mapped lazily and never read take no memory
         for (const auto & [name, t] : phantoms) {
             ml.lazy.add(name, t, &ml.require_weight(name.c_str()));
         }

@@ -1,8 +1,8 @@
 #include "llama-firstlayer-ops.h"
 
-// After an upgrade of ggml, look at its new operations: what has no row below is not row-wise, which is always safe, but may
-// leave something computed that tables could hold.
-static_assert(GGML_OP_COUNT == 101, "ggml has other operations: see whether they want rows in the table");
+// After an upgrade of ggml, look at its new operations. One without a row below is taken as not row-wise: that is always
+// safe, but may leave something to compute that tables could hold.
+static_assert(GGML_OP_COUNT == 101, "ggml's operations have changed: add rows for the new ones below where needed");
 
 using operand = llama_firstlayer_operand;
 
@@ -31,7 +31,7 @@ bool llama_firstlayer_is_packed(const ggml_tensor * t, uint8_t axes, size_t stri
 // rules for the axes of the tokens
 //
 
-// the axes along which the tokens of x extend, one axis up: what looking x up in a constant results in
+// the axes along which the tokens of x extend, one axis up: those of the result when x is looked up in a constant
 static uint8_t shifted(const operand & x) {
     return x.axes << 1 & 0xf;
 }
@@ -44,7 +44,7 @@ static bool same_axes(const operand & x, const operand & y) {
     return same;
 }
 
-// each value of the result is computed from the same one of the operand
+// each value of the result is computed from the operand's value at the same place
 static bool axes_by_value(const ggml_tensor *, const operand *, uint8_t &) {
     return true;
 }
@@ -53,7 +53,7 @@ static bool axes_of_cast(const ggml_tensor * t, const operand * src, uint8_t &) 
     return ggml_are_same_shape(src[0].t, t);
 }
 
-// may be a reshape as well: the values of a token stay together unless an axis of theirs is above the tokens'
+// may also reshape: the values of a token stay together unless one of their axes is above a token axis
 static bool axes_of_cont(const ggml_tensor * t, const operand * src, uint8_t & axes) {
     const operand & a = src[0];
     if (ggml_are_same_shape(a.t, t)) {
@@ -92,7 +92,7 @@ static bool axes_of_glu(const ggml_tensor * t, const operand * src, uint8_t & ax
     return axes_by_row(t, src, axes) && (!src[1].t || same_axes(src[0], src[1]));
 }
 
-// the second operand is repeated
+// the second operand is broadcast
 static bool axes_of_broadcast(const ggml_tensor *, const operand * src, uint8_t &) {
     const operand & a = src[0];
     const operand & b = src[1];
@@ -112,7 +112,7 @@ static bool axes_of_broadcast(const ggml_tensor *, const operand * src, uint8_t 
     return true;
 }
 
-// a matrix for each token, or the same ones for all: a stack of them must not be spread over the tokens
+// one matrix per token, or the same matrices for all tokens: a stack of them must not be spread over the tokens
 static bool axes_of_mul_mat(const ggml_tensor *, const operand * src, uint8_t & axes) {
     const operand & a = src[0];
     const operand & b = src[1];
@@ -140,7 +140,7 @@ static bool axes_of_add_id(const ggml_tensor *, const operand * src, uint8_t & a
     return a.pure && src[1].constant && src[2].pure && !a.spans(0) && !a.spans(1) && !src[2].spans(0);
 }
 
-// of a constant; or of a [m, n, n_tokens], b [n_used, n_tokens], where every token picks from its own rows
+// from a constant; or from a [m, n, n_tokens] with b [n_used, n_tokens], where every token picks from its own rows
 static bool axes_of_get_rows(const ggml_tensor *, const operand * src, uint8_t & axes) {
     const operand & a = src[0];
     const operand & b = src[1];
@@ -170,7 +170,7 @@ static bool axes_of_hc_comb(const ggml_tensor *, const operand * src, uint8_t & 
     return a.pure && src[1].constant && src[2].constant && !a.spans(0);
 }
 
-// grows along axes that are not the tokens'
+// grows only along axes that are not token axes
 static bool axes_of_repeat(const ggml_tensor * t, const operand * src, uint8_t & axes) {
     for (int d = 0; d < GGML_MAX_DIMS; ++d) {
         if (t->ne[d] != src[0].t->ne[d]) {
@@ -197,18 +197,18 @@ static constexpr uint32_t PICKS_EXPERT = LLAMA_FIRSTLAYER_OP_PICKS_EXPERT;
 static constexpr uint32_t PRINTS_SHAPE = LLAMA_FIRSTLAYER_OP_PRINTS_SHAPE;
 static constexpr uint32_t PRINTS_TYPE  = LLAMA_FIRSTLAYER_OP_PRINTS_TYPE;
 
-// Recipes in files are compared with what is printed by this table: what it prints of an operation cannot change
+// Recipes in files are compared with those printed by this table, so what it prints for an operation must never change
 static constexpr struct {
     ggml_op             op;
     llama_firstlayer_op row;
 } ROWS[] = {
     // clang-format off
-    // moving no data
+    // move no data
     { GGML_OP_RESHAPE,      { nullptr,            LAYOUT | PRINTS_SHAPE } },
     { GGML_OP_VIEW,         { nullptr,            LAYOUT | PRINTS_SHAPE } },
     { GGML_OP_PERMUTE,      { nullptr,            LAYOUT } },
     { GGML_OP_TRANSPOSE,    { nullptr,            LAYOUT } },
-    // copying
+    // copy
     { GGML_OP_DUP,          { axes_by_value,      COPY } },
     { GGML_OP_CPY,          { axes_of_cast,       COPY | READS_GAPS | HAS_TARGET | PRINTS_TYPE } },
     { GGML_OP_CONT,         { axes_of_cont,       COPY | READS_GAPS | PRINTS_SHAPE } },
@@ -239,13 +239,13 @@ static constexpr struct {
     { GGML_OP_SOFT_MAX,     { axes_of_soft_max,   0,                              { "scale:f", "max_bias:f" } } },
     { GGML_OP_GLU,          { axes_of_glu,        0,                              { "", "swapped", "alpha:f", "limit:f" } } },
     { GGML_OP_ROPE,         { nullptr,            READS_GAPS } },
-    // of two operands
+    // two operands
     { GGML_OP_ADD,          { axes_of_broadcast,  READS_GAPS } },
     { GGML_OP_SUB,          { axes_of_broadcast,  READS_GAPS } },
     { GGML_OP_MUL,          { axes_of_broadcast,  READS_GAPS } },
     { GGML_OP_DIV,          { axes_of_broadcast,  READS_GAPS } },
     { GGML_OP_ADD_ID,       { axes_of_add_id,     0 } },
-    // the precision of the activations is a policy that comes with the weight
+    // the precision of the activations is left out: it is a policy that comes with the weight
     { GGML_OP_MUL_MAT,      { axes_of_mul_mat,    PRODUCT,                        { "prec", "hint", "", "" } } },
     { GGML_OP_MUL_MAT_ID,   { axes_of_mul_mat_id, PRODUCT | PICKS_EXPERT,         { "prec", "hint", "", "" } } },
     // fused for one architecture

@@ -13,7 +13,7 @@
 
 // shortest decimal that reads back as the same float, in any locale
 static const std::string & print_float(int32_t bits) {
-    // every graph has the same few
+    // all graphs share the same few values
     static thread_local std::unordered_map<int32_t, std::string> known;
 
     std::string & res = known[bits];
@@ -48,7 +48,7 @@ static std::string print_list(const std::vector<std::string> & list) {
     return res;
 }
 
-// the shape without its token axes, which are written as one '*'; strides and offset of views
+// the shape, with the token axes written as one '*'; for views, also strides and offset
 std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
     const info & cur = get(t);
 

@@ -7,7 +7,7 @@
 // rewrite
 //
 
-// whether a node reads rows with gaps between them: one that works in place would need new strides itself
+// whether a node can read rows with gaps between them: one that works in place would need new strides itself
 static bool takes_strided_rows(const ggml_tensor * t) {
     const auto & op = llama_firstlayer_get_op(t);
     return op.is(LLAMA_FIRSTLAYER_OP_READS_GAPS) && (!t->view_src || op.is(LLAMA_FIRSTLAYER_OP_HAS_TARGET));
@@ -42,7 +42,7 @@ bool llama_firstlayer_walk::translate_layout(const ggml_tensor * t,
     }
 
     if (packed) {
-        // tokens move apart or together, the values of a token stay as they are
+        // tokens move apart or closer together, the values within a token stay as they are
         size_t last = offset_old % stride_old + ggml_type_size(t->type);
         for (int d = 0; d < GGML_MAX_DIMS; ++d) {
             if (t->nb[d] < stride_old) {
@@ -106,8 +106,8 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     const bool          unchanged = memory == site && stride == get(site).stride;
     bool                as_views  = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
 
-    // who reads a view reads values with gaps between the tokens in any case
-    const bool aligned = stride % 16 == 0 && row_ref.offset % 16 == 0;  // as kernels that read float4 want it
+    // a node that reads a view copes with gaps between the tokens anyway
+    const bool aligned = stride % 16 == 0 && row_ref.offset % 16 == 0;  // required by kernels that read float4
     const bool gaps_ok = unchanged || memory != site;
 
     size_t nb[GGML_MAX_DIMS];
@@ -135,7 +135,7 @@ void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
     }
 
     if (!as_views && memory != site) {
-        return;  // computed as usual; the loader complains if weights are missing for that
+        return;  // computed as usual; loading fails if this needs an elided weight
     }
 
     std::fill(std::begin(site->src), std::end(site->src), nullptr);
@@ -180,7 +180,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         }
     }
 
-    // lookups come first: between nodes on a device, each would cost it a stop
+    // lookups come first: among nodes on a device, each would interrupt it
     for (ggml_tensor * t : affected) {
         if (!is_live.count(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;

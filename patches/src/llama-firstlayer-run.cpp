@@ -28,7 +28,7 @@ struct llama_firstlayer_run {
 
     void set_rows(const llama_firstlayer_analysis * an);
 
-    // decode the tokens that come after those decoded so far
+    // decode the next tokens of the text
     void decode(const llama_token * tokens, int32_t n_tokens, bool all_logits);
 
     bool keep(int32_t n);
@@ -83,7 +83,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     cparams.n_threads            = n_threads;
     cparams.n_threads_batch      = n_threads;
     if (an) {
-        cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
+        cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
     }
 
     ctx.reset(llama_init_from_model(model.get(), cparams));
@@ -93,7 +93,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     if (!ctx->get_gf_res_reserve()->get_logits()) {
         throw std::runtime_error("the model has no next-token distribution");
     }
-    batch = llama_batch_init(n_batch, 0, 1);  // after all that throws
+    batch = llama_batch_init(n_batch, 0, 1);  // last: an exception after it would leak it
 }
 
 void llama_firstlayer_run::set_rows(const llama_firstlayer_analysis * an) {
@@ -129,7 +129,7 @@ void llama_firstlayer_run::set_rows(const llama_firstlayer_analysis * an) {
 
 void llama_firstlayer_run::decode(const llama_token * tokens, int32_t n_tokens, bool all_logits) {
     if (n_tokens < 1 || n_tokens > (int32_t) llama_n_batch(ctx.get())) {
-        throw std::runtime_error(format("%d tokens are no batch of up to %d", n_tokens, llama_n_batch(ctx.get())));
+        throw std::runtime_error(format("cannot decode %d tokens: give 1 to %d", n_tokens, llama_n_batch(ctx.get())));
     }
     batch.n_tokens = n_tokens;
     for (int32_t i = 0; i < n_tokens; ++i) {
@@ -197,7 +197,7 @@ int64_t llama_firstlayer_run_time(llama_firstlayer_run * run,
             const int64_t start = ggml_time_us();
             for (int32_t i = 0; i < n_tokens; i += n_batch) {
                 run->decode(tokens + i, std::min(n_batch, n_tokens - i), false);
-                llama_get_logits_ith(run->ctx.get(), -1);  // waits for them
+                llama_get_logits_ith(run->ctx.get(), -1);  // waits for the logits
             }
             return ggml_time_us() - start;
         },

@@ -28,7 +28,7 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         }
     }
 
-    // without them, the one input that indexes the token embedding is token ids: architectures may substitute some
+    // if there are none, use the only input that indexes the token embedding: some architectures substitute ids first
     if (inp_tokens.empty()) {
         std::set<ggml_tensor *> ids;
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
@@ -130,8 +130,8 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
     res.kind = PURITY_PURE;
 
     if (!is_layout_op(t)) {
-        // the result of a computation is contiguous: the values of a token lie together if no axis of theirs is above
-        // the tokens'
+        // the result of a computation is contiguous: the values of a token lie together if none of their axes is above
+        // the token axes
         int first = 0;
         while (first < GGML_MAX_DIMS && !(res.axes >> first & 1)) {
             first++;
@@ -177,7 +177,7 @@ bool llama_firstlayer_walk::classify_row_wise(const ggml_tensor * t, info & res)
 }
 
 // Layout operations move no data. Where the values of a token lie together, the token axes of the result are those whose
-// stride is no smaller than the distance between tokens: sizes would not tell, since any axis may have size 1.
+// stride is at least the distance between tokens. Sizes cannot identify them, since any axis may have size 1.
 bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) const {
     const ggml_tensor * a  = t->src[0];
     const info &        ia = get(a);
@@ -190,7 +190,7 @@ bool llama_firstlayer_walk::classify_layout(const ggml_tensor * t, info & res) c
         return llama_firstlayer_is_packed(t, res.axes, ia.stride, t->view_offs, n_tokens);
     }
 
-    // axis of the operand that each axis of the result is, -1 for none
+    // the operand's axis for each axis of the result, -1 for none
     int axis[GGML_MAX_DIMS] = { 1, 0, 2, 3 };
     switch (t->op) {
         case GGML_OP_TRANSPOSE:

@@ -21,8 +21,7 @@ class llm_graph_result;
 //   - a row-pure tensor is computed from token ids and constants, row by row: the row of a token depends on its id only
 //   - everything else (positions, KV cache, masks, LoRA, vector embeddings) is impure
 //
-// A site is a row-pure tensor that holds a matrix product and that impure nodes are computed from. It can be read from a
-// table.
+// A site is a row-pure tensor that contains a matrix product and feeds impure nodes. It can be read from a table.
 struct llama_firstlayer_walk {
     // where the rows of a site are found
     struct row_ref {
@@ -30,12 +29,12 @@ struct llama_firstlayer_walk {
         size_t        offset;  // of the site's first value in a row, in bytes
     };
 
-    // an operand of a node that is a model weight, or computed from weights alone
+    // a node, and an operand of it that is a model weight or computed from weights alone
     struct use {
         const ggml_tensor * node;
         const ggml_tensor * operand;
-        int64_t             n_slices;       // rows or experts that the node selects from, 1 if it reads all of it
-        int64_t             n_used;         // of these, for a token
+        int64_t             n_slices;       // rows or experts that the node selects from, 1 if it reads everything
+        int64_t             n_used;         // how many of these a token reads
         int64_t             multiply_adds;  // if the node is a product with it
     };
 
@@ -50,32 +49,32 @@ struct llama_firstlayer_walk {
     // the sites, in graph order, for a vocabulary of the given size
     std::vector<ggml_tensor *> sites(int64_t n_vocab) const;
 
-    // the tensors that can be sites and have one of the given hints; to print the recipes of all of them would take longer
+    // the tensors that can be sites and match one of the given hints; printing all recipes would take longer
     std::vector<ggml_tensor *> candidates(const std::unordered_set<std::string> & hints) const;
     static std::string         hint(const std::string & recipe, int64_t width);
 
     // values per token
     int64_t width(const ggml_tensor * t) const;
 
-    // position of a row-pure element among the values of its token (column) and among the tokens
+    // the token that an element of a row-pure tensor belongs to, and its position among the values of that token (column)
     void locate(const ggml_tensor * t, const int64_t i[GGML_MAX_DIMS], int64_t & token, int64_t & column) const;
 
-    // the expression that computes t, in canonical form; subexpressions that occur repeatedly are labelled `$n:=` once
+    // the expression that computes t, in canonical form; a repeated subexpression is labelled `$n:=` where it first occurs
     std::string recipe(const ggml_tensor * t) const;
 
-    // all that t is computed from, t included
+    // everything that t is computed from, including t
     tensor_set ancestors(const ggml_tensor * t) const;
 
-    // the tensors that the graph reads if the ones in `cut` were given
+    // the tensors that the graph still reads if those in `cut` are given
     tensor_set live(const tensor_set & cut) const;
 
-    // what the nodes read of the model's weights, in graph order
+    // what each node reads of the model's weights, in graph order
     std::vector<use> uses() const;
 
     // why there is no site: what the first node that leaves the row-pure region mixes in
     std::string blocker() const;
 
-    // replace sites by rows, in place, and rebuild the graph from what is still live
+    // replace sites with rows, in place, and rebuild the graph from what is still live
     void replace(ggml_context *                                     ctx,
                  ggml_cgraph *                                      gf,
                  const std::unordered_map<ggml_tensor *, row_ref> & row_refs) const;
@@ -89,10 +88,10 @@ struct llama_firstlayer_walk {
 
     struct info {
         purity  kind    = PURITY_IMPURE;
-        bool    product = false;  // holds a matrix product
-        bool    alias   = false;  // impure, but a layout operation on something that is pure
-        uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be counted in: that is
-                                  // harmless, and leaving them out would make a batch of one token look different
+        bool    product = false;  // contains a matrix product
+        bool    alias   = false;  // impure, but a layout operation on a pure tensor
+        uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be included: that is
+                                  // harmless, and without them a batch of one token would look different
         size_t  stride  = 0;      // bytes between tokens if the values of a token lie together in memory, 0 otherwise
     };
 
@@ -109,13 +108,13 @@ struct llama_firstlayer_walk {
     bool classify_row_wise(const ggml_tensor * t, info & res) const;
     bool classify_layout(const ggml_tensor * t, info & res) const;
 
-    // a view that selects a range of each axis: result axis to axis of the base (-1 for none), and the first index selected
+    // for a view that selects a range of each axis: the base's axis for each axis of t (-1 for none), and the first index
     static bool map_view(const ggml_tensor * t,
                          const ggml_tensor * base,
                          int                 axis[GGML_MAX_DIMS],
                          int64_t             first[GGML_MAX_DIMS]);
 
-    // strides for the rows of a site, and the translation of a layout operation on the site to them
+    // the strides of a site that is read from rows, and the translation of a layout operation on the site to them
     void row_strides(const ggml_tensor * t, size_t stride, size_t nb[GGML_MAX_DIMS]) const;
     bool translate_layout(const ggml_tensor * t,
                           const ggml_tensor * site,
@@ -129,7 +128,7 @@ struct llama_firstlayer_walk {
                       const tensor_set & is_live,
                       const tensor_set & cut) const;
 
-    // of the nodes that are affected, those that are live, with what the pure ones of them are computed from
+    // the affected nodes that are live, and everything that the pure ones among them are computed from
     tensor_set live_affected(const tensor_set & cut) const;
 
     use     make_use(const ggml_tensor * t, int i_src) const;
@@ -147,9 +146,8 @@ struct llama_firstlayer_walk {
     int64_t n_tokens = 0;
 
     std::vector<ggml_tensor *> inp_tokens;
-    std::vector<ggml_tensor *> nodes;  // in graph order
-    std::vector<ggml_tensor *>
-        affected;  // those that are pure, or read something that is: no others can be touched by a site
+    std::vector<ggml_tensor *> nodes;     // in graph order
+    std::vector<ggml_tensor *> affected;  // those that are pure or read a pure one: a site can touch no others
 
     const tensor_set * weights;
 

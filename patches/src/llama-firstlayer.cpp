@@ -45,7 +45,7 @@ void llama_firstlayer::check(llama_model_base & model) {
     params.n_ctx                = 256;
     params.n_batch              = 32;
     params.n_ubatch             = 32;
-    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without
+    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
 
     checking = true;
     const llama_context_ptr ctx(llama_init_from_model(&model, params));
@@ -56,7 +56,7 @@ void llama_firstlayer::check(llama_model_base & model) {
         throw std::runtime_error(problem);
     }
     if (!ctx) {
-        // some models only run beside another one; apply() still watches every graph
+        // some models only run together with another one; apply() still checks every graph
         LLAMA_LOG_DEBUG("%s: cannot build a graph of this model on its own\n", __func__);
         return;
     }
@@ -77,7 +77,7 @@ void llama_firstlayer::check(llama_model_base & model) {
     if (!problem.empty()) {
         throw std::runtime_error(problem);
     }
-    // a warning, since tools show no information
+    // a warning, since tools do not show info messages
     const auto is_used = [](const site & s) {
         return s.used;
     };
@@ -99,12 +99,12 @@ bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) c
     return false;
 }
 
-// not a tensor of the graph: it is told the tokens of every batch before they are looked up
+// has no tensor in the graph: it prefetches the rows of each batch's tokens before they are looked up
 struct llm_graph_input_firstlayer : llm_graph_input_i {
     explicit llm_graph_input_firstlayer(llama_firstlayer::table & table) : table(table) {}
 
     void set_input(const llama_ubatch * ubatch) override {
-        // each row once: it costs a system call, and what was read is likely to stay
+        // each row only once: a prefetch costs a system call, and pages that were read are likely to stay in memory
         std::vector<int32_t> rows;
         for (uint32_t i = 0; ubatch->token && i < ubatch->n_tokens; ++i) {
             if (!table.fetched[ubatch->token[i]].exchange(true, std::memory_order_relaxed)) {
@@ -137,7 +137,7 @@ ggml_tensor * llama_firstlayer::look_up(const llama_model &      model,
 
     const bool offloaded = ggml_backend_dev_type(model.dev_layer(0)) != GGML_BACKEND_DEVICE_TYPE_CPU;
     if (offloaded && table->buffer && ggml_backend_buffer_is_host(table->buffer)) {
-        // the scheduler would copy each view of the rows to the device on its own
+        // otherwise the scheduler would copy each view of the rows to the device separately
         rows = ggml_cont(ctx, rows);
         ggml_format_name(rows, "firstlayer.%u (device)", i);
     }
@@ -214,7 +214,7 @@ void llama_firstlayer::rewrite(const llama_model &           model,
     }
     walk.replace(ctx, gf, row_refs);
 
-    // llama_context disables a fused operation if it does not find it on the layer's device: forget those that are gone
+    // llama_context disables a fused operation if it is not on its layer's device: drop those that are gone
     auto & fused = const_cast<std::vector<llm_graph_fused_node> &>(params.res->get_fused_nodes());
     if (fused.empty()) {
         return;
@@ -234,7 +234,7 @@ ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph
     ggml_cgraph * gf = params.res->get_gf();
 
     if ((checking || observe) && params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model)) {
-        // contexts only build this one when they encode
+        // contexts build the encoder's graph only when they encode
         res_encoder = std::make_unique<llm_graph_result>(params.res->get_max_nodes());
 
         llm_graph_params encoder = params;
@@ -268,7 +268,7 @@ ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph
     }
 
     if (params.cparams.warmup) {
-        // warmup routes tokens through all experts, which is not what the tables hold: warm up as usual
+        // a warmup graph routes tokens through all experts, which tables do not hold: build the usual graph instead
         llm_graph_params usual = params;
         usual.cparams.warmup   = false;
         params.res->reset();
@@ -284,7 +284,7 @@ ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph
         return gf;
     }
     if (params.ubatch.n_seq_id[0] == 0) {
-        // only the memory is being reserved; a batch would fail below
+        // memory is only being reserved; an actual batch fails below
         return gf;
     }
     LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());

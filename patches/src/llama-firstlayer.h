@@ -2,8 +2,8 @@
 
 #include "llama.h"
 
-// First-layer precompute: for every token of the vocabulary, what the first layer computes before position enters is
-// stored in tables in the GGUF, and looked up at run time. ref: https://arxiv.org/abs/2402.13388
+// First-layer precompute: for every token of the vocabulary, tables in the GGUF hold what the first layer computes before
+// position enters. It is looked up at run time. ref: https://arxiv.org/abs/2402.13388
 
 #ifdef __cplusplus
 extern "C" {
@@ -13,7 +13,7 @@ extern "C" {
 // analysis of a model file, for converters
 //
 
-// Functions that fail return NULL or a negative number; llama_firstlayer_error() then tells why.
+// Functions that fail return NULL or a negative number; llama_firstlayer_error() then says why.
 
 struct llama_firstlayer_analysis;
 
@@ -31,9 +31,9 @@ struct llama_firstlayer_site {
 // what a node of the graph reads of a weight
 struct llama_firstlayer_use {
     const char * weight;
-    int64_t      n_slices;       // rows or experts that it selects from, 1 if it reads all of the weight
-    int64_t      n_used;         // of these, for one token
-    int64_t      multiply_adds;  // in a prefill of n_batch tokens, of whose last token logits are wanted
+    int64_t      n_slices;       // rows or experts that it selects from, 1 if it reads the whole weight
+    int64_t      n_used;         // how many of these one token reads
+    int64_t      multiply_adds;  // in a prefill of n_batch tokens, with logits for the last token only
     bool         replaced;       // not computed if all sites come from tables
 };
 
@@ -41,7 +41,7 @@ struct llama_firstlayer_use {
 LLAMA_API const char * llama_firstlayer_error(void);
 
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
-// n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: more than its size, which takes long
+// n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: load the whole vocabulary (slow), not just its size
 LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
                                                                    int32_t      n_batch,
                                                                    int32_t      n_threads,
@@ -64,7 +64,7 @@ LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_first
 // Names of the weights that no graph of the model reads if all sites come from tables, NULL past the last
 LLAMA_API const char * llama_firstlayer_get_elidable(const struct llama_firstlayer_analysis * an, int32_t i);
 
-// What the model's graph reads, none if there is no site. Of a model with an encoder and a decoder: the decoder's
+// What the model's graph reads; nothing if there is no site. For a model with an encoder and a decoder: the decoder's graph
 LLAMA_API int32_t llama_firstlayer_n_uses(const struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_get_use(const struct llama_firstlayer_analysis * an,
@@ -74,7 +74,7 @@ LLAMA_API int32_t llama_firstlayer_get_use(const struct llama_firstlayer_analysi
 // Why the model has no site
 LLAMA_API const char * llama_firstlayer_get_blocker(const struct llama_firstlayer_analysis * an);
 
-// Tokens of a text, with those that mark its begin and end. Returns their number, 0 if the model has no tokenizer.
+// Tokenize a text, with the tokens that mark its start and end. Returns the number of tokens, 0 without a tokenizer.
 LLAMA_API int32_t llama_firstlayer_tokenize(const struct llama_firstlayer_analysis * an,
                                             const char *                             text,
                                             int32_t                                  n_text,
@@ -82,18 +82,18 @@ LLAMA_API int32_t llama_firstlayer_tokenize(const struct llama_firstlayer_analys
                                             int32_t                                  n_tokens_max);
 
 // Compute the rows of some tokens.
-// rows: F32 [n_tokens][sum of the widths of all sites], the sites in their order
+// rows: F32 [n_tokens][sum of the widths of all sites], in the order of the sites
 LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
                                         const llama_token *                tokens,
                                         int32_t                            n_tokens,
                                         float *                            rows);
 
-// The file, written by convert --sidecar, with the tables of the models that this thread loads from now on; NULL for none.
-// Models of which it does not have the tables are loaded without. The model parameter for the same is the override
-// "firstlayer.file", a string
+// Set the file, written by convert --sidecar, with the tables for the models that this thread loads from now on; NULL for
+// none. Models that the tables do not belong to are loaded without them. The string override "firstlayer.file" does the
+// same for a single model
 LLAMA_API void llama_firstlayer_set_tables(const char * path);
 
-// Whether a converted file can be loaded: as loading does, build its graphs, but without reading weights.
+// Check whether a converted file can be loaded: build its graphs as loading does, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
 //
@@ -102,10 +102,10 @@ LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
 struct llama_firstlayer_run;
 
-// n_ctx: tokens of the text; n_batch: most tokens that are decoded at once; n_threads: 0 for all
-// constants: of a converted model, the sites come from constants instead of from its tables. So there is nothing to look
-//            up, and the output is wrong: it is the limit of what tables can gain
-// an: analysis of the model, which then runs on the CPU, and whose sites come from rows in memory. NULL for none
+// n_ctx: tokens of the text; n_batch: maximum number of tokens decoded at once; n_threads: 0 for all
+// constants: the sites of a converted model come from constants instead of its tables. The output is wrong, but as nothing
+//            is looked up, the speed is the most that tables can give
+// an: analysis of the model, or NULL. If given, the model runs on the CPU, and its sites come from rows in memory
 LLAMA_API struct llama_firstlayer_run * llama_firstlayer_run_init(const char *                             path_model,
                                                                   int32_t                                  n_ctx,
                                                                   int32_t                                  n_batch,
@@ -121,20 +121,20 @@ LLAMA_API int32_t llama_firstlayer_run_n_vocab(const struct llama_firstlayer_run
 // NULL without an analysis
 LLAMA_API float * llama_firstlayer_run_rows(struct llama_firstlayer_run * run);
 
-// Decode the tokens that come after those decoded so far, at once.
+// Decode the next tokens of the text in a single batch.
 // Returns the logits of every token, F32 [n_tokens][n_vocab], valid until the next call
 LLAMA_API const float * llama_firstlayer_run_decode(struct llama_firstlayer_run * run,
                                                     const llama_token *           tokens,
                                                     int32_t                       n_tokens);
 
-// The same in batches, as generation does it: of each batch, only the logits of the last token are wanted.
-// Returns the microseconds that it took
+// The same in batches of n_batch tokens, as in generation: with logits for the last token of each batch only.
+// Returns the time it took, in microseconds
 LLAMA_API int64_t llama_firstlayer_run_time(struct llama_firstlayer_run * run,
                                             const llama_token *           tokens,
                                             int32_t                       n_tokens,
                                             int32_t                       n_batch);
 
-// Forget all but the first n tokens. False if the memory of this kind of model cannot forget a part
+// Forget all but the first n tokens. Returns false if this kind of model cannot forget a part of its memory
 LLAMA_API bool llama_firstlayer_run_keep(struct llama_firstlayer_run * run, int32_t n);
 
 //
@@ -191,7 +191,7 @@ struct llama_firstlayer {
         std::string   suffix;                          // of the tensor name "firstlayer.<suffix>"
         ggml_tensor * tensor;                          // [row width, n_vocab]
 
-        std::unique_ptr<std::atomic<bool>[]> fetched;  // rows whose pages were asked for
+        std::unique_ptr<std::atomic<bool>[]> fetched;  // rows whose pages were requested
     };
 
     struct site {
@@ -208,21 +208,21 @@ struct llama_firstlayer {
     // Throws std::runtime_error if they are malformed.
     static std::unique_ptr<llama_firstlayer> load(llama_model_loader & ml, uint32_t n_vocab);
 
-    // bytes of a weight by which a sidecar knows it
+    // number of bytes by which a sidecar recognizes a weight
     static constexpr size_t N_SAMPLE = 32;
 
     bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
 
-    // Whether a weight can be given out, for adapters; logs an error if not.
+    // Whether adapters may use a weight; logs an error if not.
     bool can_adapt(const char * name, const llama_model & model) const;
 
-    // a tensor of the given shape and type that has no data, nullptr if the weight is not elided
+    // a tensor of the given shape and type without data, nullptr if the weight is not elided
     ggml_tensor * phantom(llama_model_loader & ml, const ggml_tensor & meta);
 
     void create_tables(llama_model_base & model, llama_model_loader & ml);
 
-    // Tell the weights of the loaded model, which graphs are made of. Graphs are built by several threads at once, so this
-    // is not left to the first of them.
+    // Record the weights of the loaded model, to recognize them in graphs. Several threads may build graphs at once, so this
+    // is not left to the first graph.
     void set_weights(const llama_model & model);
 
     // Build the graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
@@ -231,10 +231,11 @@ struct llama_firstlayer {
     // Replace sites by table lookups. Returns nullptr if the graph would read an elided weight.
     ggml_cgraph * apply(const llama_model & model, const llm_graph_params & params);
 
-    // Take the sites from constants: of each table, the first rows, for up to n_tokens tokens. Throws std::runtime_error.
+    // Take the sites from constants, the first n_tokens rows of each table, for batches of up to n_tokens tokens. Throws
+    // std::runtime_error.
     void use_constants(const llama_model & model, int64_t n_tokens);
 
-    // if set, graphs are shown to it instead of being rewritten
+    // if set, graphs are passed to it instead of being rewritten
     std::function<void(const llm_graph_params & params, const llama_firstlayer_walk & walk)> observe;
 
     std::vector<table> tables;
@@ -243,7 +244,7 @@ struct llama_firstlayer {
   private:
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
-    // the tensor whose row i is what a table holds for token i of the batch
+    // the tensor whose rows are those of table i for the tokens of the batch
     ggml_tensor * look_up(const llama_model & model, const llm_graph_params & params, uint32_t i, ggml_tensor * tokens);
 
     ggml_context_ptr                               ctx_phantom;
@@ -253,9 +254,9 @@ struct llama_firstlayer {
     std::unordered_map<std::string, ggml_tensor *> phantoms;
     std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
     std::string                                    problem;    // found by apply() while check() runs
-    bool                                           checking = false;
-    bool                              is_sidecar            = false;  // so phantoms have data, in the file of the model
-    std::unique_ptr<llm_graph_result> res_encoder;                    // last one that was checked or observed
+    bool                                           checking   = false;
+    bool                                           is_sidecar = false;  // so phantoms have data, in the model's file
+    std::unique_ptr<llm_graph_result>              res_encoder;         // the last encoder graph built here
 };
 
 #endif

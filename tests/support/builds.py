@@ -57,7 +57,7 @@ def compare(source: Path, converted: Path, *jobs: dict[str, Any]) -> list[tuple[
 
 
 def session(model: Path, build: Path, steps: list[Any], **job: Any) -> list[np.ndarray]:
-    """What the decode steps of a session give."""
+    """The results of the decode steps of a session."""
     (results,) = run(build, job | {"run": "session", "model": model, "steps": steps})
     assert all(np.isfinite(result).all() for result in results)
     return results
