@@ -1,4 +1,4 @@
-"""docs/study.md and its plots, from docs/study.json: `scripts/docs study --draw` draws them anew without measuring."""
+"""docs/study.md and its plots, from docs/study.json: `scripts/docs study --draw` draws them again without measuring."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Result = dict[str, Any]
 
 
 def synthetic_name(layers: int, width: int, vocab: int, parallel: bool) -> str:
-    """Of a Pythia or a Llama of any size."""
+    """Name of a Pythia or a Llama of any size."""
     return f"{'parallel' if parallel else 'serial'}-{layers}x{width}-{vocab}"
 
 
 def interval(value: Result) -> str:
-    """A ratio with its interval; in brackets if it cannot be told from 1."""
+    """A ratio with its interval; in parentheses if it does not differ significantly from 1."""
     text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
     return f"({text})" if value["low"] <= 1 <= value["high"] else text
 
@@ -60,7 +60,7 @@ def cells(results: dict[str, Result], prefix: str) -> Iterator[tuple[str, Result
 
 
 def overview(results: dict[str, Result]) -> str:
-    """How the targets are met, of all cells."""
+    """How well all cells meet the targets."""
     found = [cell for prefix in ("real", "shape", "type", "depth") for _, cell in cells(results, prefix)]
     found += results["fading"]["cells"]
     limits = [cell["of_limit"] for cell in found]
@@ -80,12 +80,12 @@ def overview(results: dict[str, Result]) -> str:
         f"* {len(found)} cells (a model, a batch size, a length of context) were compared with their limit, the same graph",
         f"  with constants instead of lookups. {reached} reach 95 % of it, the median is {median:.3f}; the whole interval is",
         f"  below 95 % for {below(limits, 0.95)}.",
-        f"* Of {len(gains)} ratios to the source, {above(gains)} are faster beyond doubt, {below(gains)} slower, and",
-        f"  {below(gains, 0.995)} surely below 0.995. The others are within noise. Of 95 % intervals, one in forty lies",
+        f"* Of {len(gains)} ratios to the source, {above(gains)} are significantly faster, {below(gains)} slower, and",
+        f"  {below(gains, 0.995)} significantly below 0.995. The others are within noise. Of 95 % intervals, one in forty lies",
         "  below the truth by chance, and one in forty above.",
         f"* Of {len(sources)} ratios of the source on the patched library to the source on the stock one,",
-        f"  {above(sources)} are above 1 beyond doubt and {below(sources)} below. They run the same code: so far can the",
-        "  intervals be trusted.",
+        f"  {above(sources)} are significantly above 1 and {below(sources)} below. They run the same code, which shows how",
+        "  far the intervals can be trusted.",
     ]
     return "\n".join(lines) + "\n"
 
