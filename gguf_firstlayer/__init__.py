@@ -1,6 +1,6 @@
 """First-layer precompute for GGUF models (arXiv 2402.13388): tables instead of layer 0's first matrix products."""
 
-import gguf_firstlayer.start  # noqa: F401 (first, as it cares for what the others import)
+import gguf_firstlayer.start  # noqa: F401 (first: it prepares the process for the other imports)
 from gguf_firstlayer.bench import Bench, bench
 from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.cost import Plan

@@ -20,7 +20,7 @@ from gguf_firstlayer.installation import build
 from gguf_firstlayer.start import STOPPING
 from gguf_firstlayer.text import log
 
-# verb, which is a module of this package, and an example
+# verb (a module of this package) -> an example call
 VERBS = {
     "plan": "gguf-firstlayer plan model.gguf",
     "convert": "gguf-firstlayer convert model.gguf",
@@ -34,7 +34,7 @@ VERBS = {
 
 
 class _Version(argparse.Action):
-    """Prints the versions of the package and of llama.cpp, which are looked up only if asked for."""
+    """Prints the versions of the package and of llama.cpp, and looks them up only when asked."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> None:
         print(f"gguf-firstlayer {__version__}, llama.cpp {build().commit}")
@@ -44,7 +44,7 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute for GGUF models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this program and of llama.cpp")
-    shtab.add_argument_to(parser, "--print-completion", help="print a script for the completion of a shell, and exit")
+    shtab.add_argument_to(parser, "--print-completion", help="print a shell completion script, and exit")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, example in VERBS.items():
         module = import_module(f"gguf_firstlayer.{name}")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _interrupt(_signal: int, _frame: object) -> None:
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # a second one would leave behind what this one lets us remove
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
     raise KeyboardInterrupt
 
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
     Caller.is_command_line = True
     for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as of a job in the background, or with nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored in a background job, or under nohup
             signal.signal(number, _interrupt)
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted{interrupted}", failure)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe
         return failure
     except MemoryError:
         return _fail("out of memory; close other programs, or use a smaller model", failure)

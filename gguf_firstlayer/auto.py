@@ -1,4 +1,4 @@
-"""Table types by measurement: the smallest tables whose effect on a model's output cannot be told from none."""
+"""Table types by measurement: the smallest tables without a measurable effect on a model's output."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SiteTypes = dict[Site, GGMLQuantizationType]
 SAMPLE = Path(__file__).with_name("sample.txt")
 N_TOKENS = 512
 
-# Types of codebooks are left out: they are made for importance matrices, and slow to quantize to
+# Codebook types are left out: they are designed for importance matrices, and quantizing to them is slow
 CANDIDATES = [kind for name, kind in file_format.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
 
-# KL divergence grows with the square of a small error, and the model's own noise does not. So errors are measured
-# enlarged, which sets them apart from it.
+# KL divergence grows with the square of a small error; the model's own noise does not. So errors are enlarged before they
+# are measured, which separates them from the noise.
 ENLARGED = 4.0
 
-# Relative size of the smallest change there is: what F16 rounds away, as large as errors are measured
+# Relative size of the smallest possible change, the rounding error of F16, enlarged like the errors
 JITTER = ENLARGED * 2.0**-12
 N_JITTER = 2
 
-# relative RMS error by which the sensitivity of each site is measured: of types that matter, enlarged
+# relative RMS error at which the sensitivity of each site is measured: that of the relevant types, enlarged
 PROBE = 0.1
 
 # factor by which predictions may be wrong
@@ -48,17 +48,17 @@ LEAST = 1e-5
 
 @dataclass(frozen=True)
 class _Outcome:
-    klds: npt.NDArray[np.float64]  # of each token
+    klds: npt.NDArray[np.float64]  # per token
     top1: float
     perplexity: float
 
     @property
     def kld(self) -> float:
-        return max(0.0, float(self.klds.mean()))  # rounding may leave less than nothing
+        return max(0.0, float(self.klds.mean()))  # rounding may make it negative
 
 
 def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
-    """Rows F32 [n, width] as a table of some type would give them back.
+    """Rows F32 [n, width] as a table of some type would return them.
 
     Raises:
         NotImplementedError: gguf-py cannot read the type.
@@ -74,13 +74,13 @@ class Effects:
     Args:
         path, analysis: of the model
         tokens: ids of a text, i32 [n]; by default, the built-in one
-        n_measured: how often errors will be measured, about
+        n_measured: roughly how often errors will be measured
 
     Attributes:
         tokens: ids of the text
-        ids: those of them that differ, i32 [distinct tokens of the text]
+        ids: the distinct ones among them, i32 [distinct tokens of the text]
         exact: rows of each site, F32 [distinct tokens of the text, width]
-        floor: mean KL divergence of a change in the last bits
+        floor: mean KL divergence that a change in the last bits causes
         perplexity: of the text, without errors
 
     Raises:
@@ -116,7 +116,7 @@ class Effects:
         }
 
     def rise(self, errors: Mapping[Site, Rows], factor: float) -> tuple[float, float]:
-        """What errors add to the mean KL divergence, by measuring them enlarged by a factor, and its standard error."""
+        """What errors add to the mean KL divergence, measured with the errors enlarged by a factor, and its standard error."""
         if not any(error.any() for error in errors.values()):
             return 0.0, 0.0
         outcome = self.measure({site: np.float32(factor) * error for site, error in errors.items()})
@@ -132,7 +132,7 @@ class Effects:
     def measure(self, errors: Mapping[Site, Rows]) -> _Outcome:
         """Outcome if the rows of some sites are off by errors, F32 [distinct tokens of the text, width].
 
-        The first outcome is what the others are compared with.
+        The first outcome is the reference for the others.
         """
         for site, exact in self.exact.items():
             first = self._columns[site]
@@ -177,7 +177,7 @@ class Effects:
 
 
 def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
-    """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the tokenizer makes little of it."""
+    """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the tokenizer finds too few distinct tokens in it."""
     tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
     if len(np.unique(tokens)) < N_TOKENS / 8:
         return np.random.default_rng(0).integers(0, analysis.n_vocab, N_TOKENS, np.int32)
@@ -231,7 +231,7 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
             error,
         )
 
-    # the sensitivity of the output to this site, by the errors of a narrow type, made larger or smaller
+    # the output's sensitivity to this site, measured with the errors of one type, scaled to PROBE
     probe = min((entry for entry in errors.values() if entry[1] > 0), key=lambda entry: abs(entry[1] - PROBE), default=None)
     sensitivity = 0.0
     if probe is not None:
@@ -251,7 +251,7 @@ def _ladder(effects: Effects, site: Site) -> list[_Step]:
 
 
 def types(sites: Sequence[Site]) -> tuple[SiteTypes, SiteTypes, SiteTypes]:
-    """The types that sites have if nothing is measured, those of the smallest tables that a measurement may choose, and F32."""
+    """Types of the sites: without a measurement, the smallest that a measurement may choose, and F32."""
     fitting = {site: [kind for kind in CANDIDATES if file_format.fitting(kind, site.width) == kind] for site in sites}
     return (
         {site: file_format.fitting(GGMLQuantizationType.Q8_0, site.width) for site in sites},
@@ -264,16 +264,16 @@ def types(sites: Sequence[Site]) -> tuple[SiteTypes, SiteTypes, SiteTypes]:
 
 
 def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes, file_format.Measurement | None, str]:
-    """The types of the smallest tables whose part in the KL divergence is within a bound.
+    """The types of the smallest tables whose contribution to the KL divergence is within a bound.
 
     Returns:
-        The type of each site, the measurement, and an empty string; or q8_0 or what fits instead, None, and why nothing was
+        The type of each site, the measurement, and an empty string; or q8_0 (or what fits instead), None, and why nothing was
         measured.
     """
     default, _, _ = types(analysis.sites)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     if memory is not None and model.bytes > 0.75 * memory:
-        return default, None, "the model takes more memory than there is"
+        return default, None, "the model needs more memory than this machine has"
     try:
         with Effects(model.path, analysis, n_measured=2 * len(analysis.sites) + 3) as effects:
             return *search(effects, max_kld), ""
@@ -282,7 +282,7 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes
 
 
 def search(effects: Effects, max_kld: float) -> tuple[SiteTypes, file_format.Measurement]:
-    """The types of the smallest tables whose part in the KL divergence is within a bound, and their measurement."""
+    """The types of the smallest tables whose contribution to the KL divergence is within a bound, and their measurement."""
     ladders = {site: _ladder(effects, site) for site in effects.exact}
 
     def predicted(site_types: SiteTypes) -> float:
@@ -297,9 +297,9 @@ def search(effects: Effects, max_kld: float) -> tuple[SiteTypes, file_format.Mea
         rise = measured(site_types)
         if rise <= max_kld:
             break
-        scale = rise / predicted(site_types)  # by so much was that too low
+        scale = rise / predicted(site_types)  # the prediction was too low by this factor
 
-    # for some site it may be too high: one step down for each for which that is likely, the widest first
+    # for some sites the prediction may be too high: where that is likely, try one step down, the widest site first
     for site in sorted(ladders, key=lambda site: site.width, reverse=True):
         place = [step.kind for step in ladders[site]].index(site_types[site])
         lower = site_types | {site: ladders[site][max(0, place - 1)].kind}
@@ -315,7 +315,7 @@ def measure_again(model: Source, analysis: Analysis, site_types: SiteTypes, max_
 
 
 def describe(types: Mapping[str, str], measurement: file_format.Measurement | None, unmeasured: str) -> list[str]:
-    """What was chosen by measurement, and its effect, as people read it; types by names of sites."""
+    """The types chosen by measurement, by site, and their effect, as readable lines."""
     if unmeasured:
         return [f"types were not measured: {unmeasured}"]
     if measurement is None:
@@ -325,15 +325,15 @@ def describe(types: Mapping[str, str], measurement: file_format.Measurement | No
         f"types chosen by measurement: {chosen}",
         f"KL divergence over the {measurement.tokens} tokens of the built-in sample: {measurement.kld:.1e} nats, of which"
         f" {measurement.kld_tables:.1e} ± {measurement.kld_tables_error:.1e} from the tables (bound {measurement.max_kld:g});"
-        f" any change of last bits makes {measurement.kld_floor:.1e}",
+        f" any change in the last bits causes {measurement.kld_floor:.1e}",
         f"most probable token the same: {measurement.top1:.1%}; perplexity {measurement.perplexity_source:.3f} ->"
         f" {measurement.perplexity:.3f}",
     ]
 
 
 def _cheapest(ladders: Mapping[Site, Sequence[_Step]], bound: float) -> SiteTypes:
-    """Types of the least total size whose expected KL divergence is within a bound."""
-    # combinations for the first sites that no other beats in both size and divergence
+    """The types with the smallest total size whose expected KL divergence is within a bound."""
+    # combinations of types for the sites so far that no other beats in both size and divergence
     front: list[tuple[int, float, SiteTypes]] = [(0, 0.0, {})]
     for site, ladder in ladders.items():
         longer = [

@@ -1,4 +1,4 @@
-"""`bench`: how much faster a converted model is than its source, and of what that is a share."""
+"""`bench`: how much faster a converted model is than its source, and how much of the possible gain that is."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ IMPOSSIBLE, BUSY = "noise, beyond what tables can gain", "no verdict, the machin
 
 @dataclass(frozen=True)
 class Cell:
-    """A batch size at a length of context.
+    """A batch size at a context length.
 
     Attributes:
-        batch: tokens decoded at once; 1 is decoding, more is prefill
-        context: tokens before them
-        rounds: blocks of each model
+        batch: tokens per batch; 1 is decode, more is prefill
+        context: tokens decoded before the batch
+        rounds: number of blocks of each model
         disturbed: share of the blocks that other work on the machine disturbed; they are left out unless nearly all are
-        source: speed, the median in tokens per second
-        converted: speed, that of the source times the ratio
-        ratio: speed of the converted model by that of the source
-        bound: that the plan predicts for it, beyond which it cannot be
-        verdict: what can be said with the ratio
-        realised: the gain as a share of the gain of the bound, if the verdict is "faster"
-        limit: with `limit`, the speed of constants instead of lookups by that of the source
-        of_limit: with `limit`, the speed of the converted model by that of constants
+        source: median speed of the source, in tokens per second
+        converted: speed of the converted model: that of the source times the ratio
+        ratio: speed of the converted model divided by that of the source
+        bound: the highest ratio that is possible according to the plan
+        verdict: what the ratio shows
+        realised: the gain as a share of the bound's gain, if the verdict is "faster"
+        limit: with `limit`, the speed with constants instead of lookups, divided by that of the source
+        of_limit: with `limit`, the speed of the converted model divided by that with constants
     """
 
     batch: int
@@ -96,10 +96,10 @@ class Bench:
 
     Attributes:
         source, converted: files
-        threads: of each model
-        pinned: whether each stays on a processor of its own
+        threads: number of threads of each model
+        pinned: whether each thread stayed on a processor of its own
         cells: by batch size and context
-        resources_source, resources: None where the system does not tell
+        resources_source, resources: of each model; None where the system does not report them
     """
 
     source: Path
@@ -126,37 +126,37 @@ def bench(
 ) -> Bench:
     """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
 
-    They take turns in short blocks, in random order, so that both see the same moods of the machine, and are loaded several
-    times. Tokens are those of the built-in sample, over and over from random places. The files are in the page cache.
+    The models take turns in short blocks, in random order, so that changes in the machine's speed affect both, and are loaded
+    several times. Tokens come from the built-in sample, repeated from random places. The files are in the page cache.
 
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise
-        batches: tokens decoded at once
-        contexts: tokens before them
+        batches: batch sizes in tokens
+        contexts: numbers of tokens decoded before the batch
         threads: 0 for one on each processor that this process may use
         limit: also measure the ceiling, the same graph with constants instead of lookups
-        resources: also measure memory, loading and first tokens, each model in processes of its own
+        resources: also measure memory, load time and time to the first token, each model in processes of its own
         loads: how often the models are loaded, at least twice
         seconds: for each batch size and context, over all loads
-        random_tokens: random ids instead, like llama-bench's: nearly every one is the first of its kind, as in no text
+        random_tokens: random ids instead, as in llama-bench: unlike in a text, nearly every id is new
 
     Raises:
-        UsageError: an argument is not what it should be.
-        FirstLayerError: a file cannot be read or run, or is not what it should be.
+        UsageError: an argument is invalid.
+        FirstLayerError: a file cannot be read or run, or is of the wrong kind.
     """
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
             raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
     if not batches or not contexts or min(batches) < 1:
-        raise UsageError("a batch has a token at least")
+        raise UsageError("a batch needs at least one token")
     if loads < 2:
-        raise UsageError("one load tells nothing of where in memory a model lies; measure two at least")
+        raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
     model, tables, files = open_pair(Path(source), Path(converted))
     plain = Files((model,))
     longest = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
     if longest > context_length(model):
-        raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are asked for; give less")
+        raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
     outline = of_file(model.path)
     site_types = _site_types(tables, outline.sites)
@@ -175,7 +175,7 @@ def bench(
             for file in rng.sample([model, tables], 2):
                 place_anew(file)
             with ExitStack() as stack:
-                # in random order, which decides on the memory that each gets
+                # in random order, since the order decides which memory each gets
                 kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
                 opened = {
                     kind: stack.enter_context(
@@ -198,7 +198,7 @@ def bench(
 
 
 def _tokens(random_tokens: bool, path: Path) -> Tokens:
-    """Token ids that are decoded, for `isolated`."""
+    """Token ids to decode; called through `isolated`."""
     with Analysis(path) as analysis:
         if random_tokens:
             return np.random.default_rng(0).integers(0, analysis.n_vocab, 1 << 16, np.int32)
@@ -206,7 +206,7 @@ def _tokens(random_tokens: bool, path: Path) -> Tokens:
 
 
 def _site_types(file: Source, sites: Sequence[Site]) -> Mapping[Site, GGMLQuantizationType]:
-    """The sites that come from tables in a converted file, and the types of those."""
+    """The sites that come from tables in a converted file, and the types of these tables."""
     placed, tables, _ = file_format.read(file)
     types = {site.recipe: tables[site.table].type for site in placed}
     known = {site: types[site.recipe] for site in sites if site.recipe in types}
@@ -244,19 +244,19 @@ def _cell(batch: int, context: int, loads: Sequence[Load], expected: float) -> C
 
 
 def verdict(ratio: Ratio, bound: float) -> str:
-    """What a ratio says that was measured on a quiet machine."""
+    """The verdict on a ratio that was measured on a quiet machine."""
     if ratio.high < 1:
         return SLOWER
     if ratio.low <= 1:
         return UNKNOWN
     if ratio.value <= bound:
         return FASTER
-    # the measurement is wrong by so much at least
+    # the measurement is off by at least the excess over the bound
     return LIMITED if ratio.low - (ratio.value - bound) > 1 else IMPOSSIBLE
 
 
 def summary(result: Bench) -> str:
-    """The result as people read it."""
+    """The result as readable text."""
 
     def interval(ratio: Ratio) -> str:
         return f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
@@ -278,7 +278,7 @@ def summary(result: Bench) -> str:
         if taken is None:
             continue
         lines.append(
-            f"{name}: file {size_text(taken.file)}, resident {size_text(taken.resident)} (of files"
+            f"{name}: file {size_text(taken.file)}, resident {size_text(taken.resident)} (from files"
             f" {size_text(taken.resident_files)}), peak {size_text(taken.peak)},"
             f" {taken.minor_faults} minor and {taken.major_faults} major page faults"
         )
@@ -354,20 +354,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
-    parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens at once (default: 1,512)")
-    parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens before them (default: 0)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one on each processor")
-    parser.add_argument("--ceiling", action="store_true", help="also measure constants instead of lookups: the most to gain")
+    parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens per batch (default: 1,512)")
+    parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens of context (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per processor")
+    parser.add_argument("--ceiling", action="store_true", help="also measure constants instead of lookups: the highest gain")
     parser.add_argument("--limit", action="store_true", dest="ceiling", help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--random-tokens", action="store_true", help="random ids instead of the tokens of a text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot of the ratios there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot of the ratios to this folder")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `bench` from the command line."""
     if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise UsageError(f"{args.threads} is no number of threads; give one between 1 and 1024")
+        raise UsageError(f"{args.threads} is not a valid number of threads; give one between 1 and 1024")
     if args.plot:
         _pyplot()
         args.plot.mkdir(parents=True, exist_ok=True)

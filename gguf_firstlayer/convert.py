@@ -26,7 +26,7 @@ from gguf_firstlayer.writer import lay_out, split, write
 
 INTERRUPTED = ", nothing was written"
 
-# names of weights that people are told; `inspect` tells all
+# elided weights that the summary names; `inspect` lists all
 LISTED = 4
 
 
@@ -37,15 +37,15 @@ class Conversion:
     Attributes:
         source, output: files
         sites: with their places in the tables
-        tables: that were added
-        elided: weights that the output does not hold
-        fallbacks: names of sites whose table has another type than wanted, because its blocks do not divide their width
+        tables: those that were added
+        elided: weights elided from the output
+        fallbacks: names of sites whose table has another type than requested, whose blocks do not fit the site's width
         left_out: sites that max_growth left out
-        measurement: of the tables, if types were chosen by it
-        unmeasured: why they were not, although they should have been; "" otherwise
+        measurement: measured effect of the tables, if their types were chosen by it
+        unmeasured: why types were not measured, although that was requested; "" otherwise
         source_bytes, output_bytes: sizes of the files
-        sidecar: whether the output has tables only, and is used with the source
-        decode_bound, prefill_bound: how many times as fast that can be at most, see `plan`
+        sidecar: whether the output holds only tables, to be used with the source
+        decode_bound, prefill_bound: the highest possible speed-up, see `plan`
     """
 
     source: Path
@@ -78,25 +78,25 @@ def convert(
 ) -> Conversion:
     """Write a copy of a GGUF model in which tables replace what its first layer computes from the token alone.
 
-    All other tensors and keys are copied byte for byte. The output appears under its name when it is complete.
+    All other tensors and keys are copied byte for byte. The output appears under its name only when it is complete.
 
     Args:
         source: the model, which is not modified; of a split model, the first part
         output: default: `x-flp.gguf` beside `x.gguf`; of a sidecar, `x.firstlayer.gguf`
-        type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest that
-            do. "auto" measures, and takes the smallest types whose effect cannot be told from none
+        type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest type
+            that fits. "auto" measures, and takes the smallest types without a measurable effect
         max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
-        max_growth: of the file, in per cent like "5%", or in bytes, also like "500M" or "2G" (powers of 1000): the sites that
-            together save most per token and fit are taken
-        keep_weights: also keep the weights that the tables make superfluous, for LoRA on layer 0 and for batches of
-            embeddings (images, audio)
-        split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of this size at most, like "2G" or "500M"
+        max_growth: how much the file may grow, in per cent like "5%", or in bytes, also like "500M" or "2G" (powers of 1000):
+            of the sites that fit, those that together save most per token become tables
+        keep_weights: keep the weights that would be elided, for LoRA on layer 0 and for batches of embeddings (images,
+            audio)
+        split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of at most this size, like "2G" or "500M"
             (`llama-gguf-split --split-max-size`)
-        sidecar: write the tables only, to be used with the source (`llama-server -m SOURCE --firstlayer OUTPUT`)
+        sidecar: write only the tables, to be used with the source (`llama-server -m SOURCE --firstlayer OUTPUT`)
         force: replace an existing output
 
     Raises:
-        UsageError: an argument is not what it should be.
+        UsageError: an argument is invalid.
         FirstLayerError: the model cannot be converted, or the output cannot be written; nothing is left behind.
     """
     job = _prepare(source, output, type, max_kld, max_growth, keep_weights, split_max_size, sidecar, force)
@@ -136,7 +136,7 @@ def convert(
 
 
 class _Job(NamedTuple):
-    """What is asked of a conversion, checked as far as arguments and headers tell; `type` is None if it is measured."""
+    """The arguments of a conversion, checked as far as they and the headers allow; `type` is None if it is to be measured."""
 
     model: Source
     output: Path
@@ -159,20 +159,20 @@ def _prepare(
     sidecar: bool,
     force: bool,
 ) -> _Job:
-    """Refuse what can be refused before the model is analysed."""
+    """Check what can be checked before the model is analysed."""
     wanted = None if type == "auto" else table_type(type)
     if not 0 <= max_kld < math.inf:
-        raise UsageError(f"{max_kld} is no bound on the KL divergence; give a number of nats like 1e-4")
+        raise UsageError(f"{max_kld} is not a bound on the KL divergence; give a number of nats like 1e-4")
     if split_max_size is not None and not re.fullmatch(r"[1-9]\d{0,6}[MG]", split_max_size):
-        raise UsageError(f"{split_max_size} is no size of a part; give one like 500M or 2G")
+        raise UsageError(f"{split_max_size} is not a size of parts; give one like 500M or 2G")
     if sidecar and split_max_size is not None:
-        raise UsageError(f"a sidecar is not split; leave {option('split_max_size')} out")
+        raise UsageError(f"a sidecar cannot be split; leave out {option('split_max_size')}")
     model = Source(Path(source))
     growth = read_growth(max_growth, model.bytes)
     if model.get_field(file_format.KEY_VERSION) is not None:
         raise FirstLayerError(f"{model.path} is already converted; convert the original model")
     if not model.tensors:
-        raise FirstLayerError(f"{model.path} holds a vocabulary only, there are no weights to precompute from")
+        raise FirstLayerError(f"{model.path} holds only a vocabulary and no weights; give a model with weights")
     default = f"{model.stem}.firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf"
     path = model.path.with_name(default) if output is None else Path(output)
     check(path, model.paths, force, parts=split_max_size is not None)
@@ -180,7 +180,7 @@ def _prepare(
 
 
 class _Selection(NamedTuple):
-    """The sites that become tables, with the types of these; what was left out, and what was measured or why it was not."""
+    """The sites that become tables, with their types; the sites left out; the measurement, or why there is none."""
 
     types: auto.SiteTypes
     left_out: list[SitePlan]
@@ -189,7 +189,7 @@ class _Selection(NamedTuple):
 
 
 def _select(job: _Job, analysis: Analysis, costs: CostModel) -> _Selection:
-    """Choose sites and types, after saying what that will cost."""
+    """Choose sites and types, after announcing the cost."""
     if job.type is None:
         types, least, most = auto.types(costs.sites)
     else:
@@ -211,7 +211,7 @@ def _select(job: _Job, analysis: Analysis, costs: CostModel) -> _Selection:
 
 
 def _announce(job: _Job, costs: CostModel, types: auto.SiteTypes, least: auto.SiteTypes, most: auto.SiteTypes) -> None:
-    """Say what the conversion will cost and gain, before it takes time."""
+    """Announce what the conversion will cost and gain, before its slow part."""
     expected = estimate(costs, types)
 
     def change(of: auto.SiteTypes) -> str:
@@ -232,16 +232,16 @@ def _announce(job: _Job, costs: CostModel, types: auto.SiteTypes, least: auto.Si
 
 
 def _check_room(job: _Job, costs: CostModel, types: auto.SiteTypes) -> None:
-    """Refuse an output that the disk has no room for."""
+    """Refuse an output for which the disk has no room."""
     growth = estimate(costs, types, keep_weights=job.keep_weights or job.sidecar).file_change
     needed = growth + (0 if job.sidecar else costs.bytes) + (1 << 20)
-    needed *= 2 if job.split_max_size else 1  # whole, and in parts
+    needed *= 2 if job.split_max_size else 1  # for the whole file and its parts
     folder = job.output.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FirstLayerError(
-            f"{folder} has {size_text(free)} free, the output takes {size_text(needed)};"
-            f" choose another with {option('output')}, or less with {option('max_growth')} or {option('type')}"
+            f"{folder} has only {size_text(free)} free, but the output needs {size_text(needed)}; choose another"
+            f" folder with {option('output')}, or a smaller output with {option('max_growth')} or {option('type')}"
         )
 
 
@@ -262,7 +262,7 @@ def summary(result: Conversion) -> str:
     lines = [
         f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
         f"{what}: {count(len(result.elided), 'weight')}, {size_text(elided)} ({listed or option('keep_weights', True)})",
-        *(f"{name}: {types[name]}, as the blocks of the type wanted do not divide its width" for name in result.fallbacks),
+        *(f"{name}: {types[name]}, as the blocks of the requested type do not divide its width" for name in result.fallbacks),
         *(f"left out by {option('max_growth')}: {describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {files}",
@@ -281,15 +281,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--type", default="auto", metavar="TYPE", help=f"type of the tables: auto (default), {', '.join(file_format.TYPES)}"
     )
     parser.add_argument(
-        "--max-kld", type=float, default=1e-4, metavar="NATS", help="that auto may add to the KL divergence (default: 1e-4)"
+        "--max-kld", type=float, default=1e-4, metavar="NATS", help="KL divergence that auto may add (default: 1e-4)"
     )
     parser.add_argument(
-        "--max-growth", metavar="N%|N(K|M|G)", help="only tables that are worth it, while the file grows by no more"
+        "--max-growth", metavar="N%|N(K|M|G)", help="let the file grow by at most this, with the tables that save most"
     )
-    parser.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)  # of versions that asked before they wrote
-    parser.add_argument("--keep-weights", action="store_true", help="for LoRA on layer 0, and for image or audio input")
-    parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of this size at most, as llama-gguf-split does")
-    parser.add_argument("--sidecar", action="store_true", help="write the tables only, to IN.firstlayer.gguf; IN stays in use")
+    parser.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)  # from versions that asked before writing
+    parser.add_argument("--keep-weights", action="store_true", help="elide nothing, for LoRA on layer 0, image or audio input")
+    parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of at most this size, as llama-gguf-split does")
+    parser.add_argument("--sidecar", action="store_true", help="write only the tables, to IN.firstlayer.gguf, for use with IN")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

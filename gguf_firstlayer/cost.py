@@ -20,7 +20,7 @@ BATCHES = (1, 16, 256, 1024)
 
 PAGE = 4096
 
-# "typical text": of so many tokens
+# length of a "typical text"
 TEXT_TOKENS = 16384
 
 
@@ -53,15 +53,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a plan is made from: of a model `of_model` or `of_file`, of a published shape `Shape.cost_model`.
+    """The input of a plan, from a model by `of_model` or `of_file`, or from a published shape by `Shape.cost_model`.
 
     Attributes:
         name: of the file or the shape
         architecture: as llama.cpp calls it
-        bytes: of its files
+        bytes: size of its files
         n_vocab: entries of the vocabulary
-        n_batch: tokens of the prefill that the uses tell of
-        weights: all of the model's, by name
+        n_batch: tokens of the prefill that the uses describe
+        weights: all weights of the model, by name
         sites: in the order of the graph
         uses: what the graph reads of the weights
         elidable: names of weights that nothing reads once all sites come from tables
@@ -80,20 +80,20 @@ class CostModel:
     blocker: str = ""
 
     def replaced(self, sites: Sequence[Site]) -> list[Use]:
-        """The uses that are gone if some of the sites come from tables."""
+        """The uses that disappear if these sites come from tables."""
         needed = {name for site in self.sites if site not in sites for name in site.weights}
         return [use for use in self.uses if use.replaced and use.weight not in needed]
 
     def elided(self, sites: Sequence[Site]) -> list[str]:
-        """The weights that nothing reads if some of the sites come from tables."""
+        """The weights that nothing reads if these sites come from tables."""
         needed = {name for site in self.sites if site not in sites for name in site.weights}
         return [name for name in self.elidable if name not in needed]
 
     def bytes_read(self, use: Use, n_tokens: int = 1) -> float:
         """Bytes that a batch reads of a weight.
 
-        Rows of embeddings are counted for each token; experts once, as many as are expected to be hit if routing is uniform and
-        independent.
+        Rows of embeddings are counted for each token. Experts are counted once, as many as uniform and independent routing is
+        expected to hit.
         """
         weight = self.weights[use.weight]
         share = use.n_used / use.n_slices
@@ -102,21 +102,21 @@ class CostModel:
         return weight.bytes * (1 - (1 - share) ** n_tokens)
 
     def products(self, use: Use, n_tokens: int = 1) -> float:
-        """Multiplications with a weight for a batch of which the last token's logits are wanted."""
-        # what is done for one token only, like the head, does not grow
+        """Multiplications with a weight for a batch that computes only the last token's logits."""
+        # what is computed for one token only, like the head, does not grow with the batch
         of_all = use.multiply_adds > self.weights[use.weight].values
         return use.multiply_adds * n_tokens / self.n_batch if of_all else use.multiply_adds
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What a batch reads of the weights that the sites are computed from, and what it reads instead.
+    """What a batch reads of the weights that the sites are computed from, and what it reads instead with tables.
 
     Attributes:
-        batch: tokens
+        batch: number of tokens
         values_without, values_with: as the paper counts them (its section 1): rows per token, and each matrix once
         reduction: their ratio
-        bytes_without, bytes_with: as stored, vectors (norms, biases) included; of experts only those that are hit
+        bytes_without, bytes_with: bytes as stored, including vectors (norms, biases); of the experts, only those that are hit
     """
 
     batch: int
@@ -149,26 +149,26 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion would gain and cost. Bytes unless said otherwise.
+    """What a conversion would gain and cost. Sizes are in bytes unless stated otherwise.
 
     Attributes:
         name, architecture: of the model
         parameters: values of all its weights
-        file_bytes: of its files
+        file_bytes: size of its files
         blocker: why there is nothing to precompute; the attributes below are then empty or 0
         sites: with their prices
-        weights_eliminated: number of weights that are not needed any more
+        weights_eliminated: number of elided weights
         values_eliminated: their values, without vectors and lookup tables, as the paper counts them
-        bytes_eliminated: as stored
-        values_stored: values of the tables, minus those of lookup tables that are not needed any more
-        reads: by batch size
-        table_bytes: size of the tables, by type; where its blocks do not fit, of the type taken instead
-        file_change: of the file
-        resident_change: of memory that is touched, with the rows that a text of TEXT_TOKENS tokens reads
-        accelerator_change: of the memory of a device that holds all layers: lookup tables stay on the host
-        decode_bytes_without, decode_bytes_with: of all weights, read for one token
-        decode_bound: their ratio, which the speed-up of decoding cannot exceed if it is bound by reading weights
-        prefill_bound: ratio of the multiplications in products with weights, in a batch of several hundred tokens
+        bytes_eliminated: their size as stored
+        values_stored: values of the tables, minus those of elided lookup tables
+        reads: reads per batch, by batch size
+        table_bytes: size of the tables, by type; where a type's blocks do not fit, with the type used instead
+        file_change: change in the size of the file
+        resident_change: change in the memory that is touched, with the rows that a text of TEXT_TOKENS tokens reads
+        accelerator_change: change in the memory of a device that holds all layers; lookup tables stay on the host
+        decode_bytes_without, decode_bytes_with: bytes read of all weights for one token
+        decode_bound: their ratio, the highest possible speed-up of decoding if it is bound by reading weights
+        prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
     """
 
     name: str
@@ -193,7 +193,7 @@ class Plan:
 
 
 def of_model(source: Source, analysis: Analysis) -> CostModel:
-    """The model of an opened model."""
+    """The cost model of an open model."""
     weights = {
         tensor.name: Weight(tensor.tensor_type, tuple(int(size) for size in tensor.shape)) for tensor in source.tensors.values()
     }
@@ -212,10 +212,10 @@ def of_model(source: Source, analysis: Analysis) -> CostModel:
 
 
 def of_file(path: Path) -> CostModel:
-    """The model of a GGUF model, of which only the header need be there.
+    """The cost model of a GGUF file, of which only the header is needed.
 
     Raises:
-        FirstLayerError: it cannot be read, is converted already, or llama.cpp cannot load it.
+        FirstLayerError: the file cannot be read or is already converted, or llama.cpp cannot load it.
     """
     return isolated(_read, path)
 
@@ -236,7 +236,7 @@ def table_type(name: str) -> GGMLQuantizationType:
     """A type by its name.
 
     Raises:
-        UsageError: there is none that tables can have.
+        UsageError: tables cannot have this type.
     """
     kind = file_format.TYPES.get(name.lower())
     if kind is None:
@@ -250,7 +250,7 @@ def estimate(
     batches: Sequence[int] = BATCHES,
     keep_weights: bool = False,
 ) -> Plan:
-    """The plan for those sites that have a type in `site_types`."""
+    """The plan for the sites that have a type in `site_types`."""
     sites = [site for site in model.sites if site in site_types]
     tables, _ = file_format.layout(sites, site_types, model.n_vocab)
     replaced = model.replaced(sites)
@@ -302,7 +302,7 @@ def estimate(
         reads=reads if sites else [],
         table_bytes={name: _table_bytes(model, sites, kind) for name, kind in file_format.TYPES.items() if sites},
         file_change=table_bytes - bytes_eliminated,
-        # of lookup tables, only rows were in memory
+        # only rows of lookup tables were in memory
         resident_change=round(_touched(tables))
         - sum(model.weights[name].bytes for name in elided if name not in lookup_tables),
         accelerator_change=-sum(model.weights[name].bytes for name in elided if name not in lookup_tables),
@@ -314,7 +314,7 @@ def estimate(
 
 
 def bound(model: CostModel, site_types: SiteTypes, batch: int) -> float:
-    """What the speed-up of a batch cannot exceed, whether it is bound by reading weights or by multiplying."""
+    """The highest possible speed-up of a batch, whether it is bound by reading weights or by multiplying."""
     result = estimate(model, site_types, [batch])
     if not result.reads:
         return 1.0
@@ -328,7 +328,7 @@ def bound(model: CostModel, site_types: SiteTypes, batch: int) -> float:
 
 
 def price(model: CostModel, sites: Sequence[Site], site: Site, kind: GGMLQuantizationType) -> SitePlan:
-    """What one more site costs and saves if others come from tables already."""
+    """What one more site costs and saves if other sites already come from tables."""
     together = [*sites, site]
     freed = set(model.elided(together)) - set(model.elided(sites))
     saved = sum(map(model.bytes_read, model.replaced(together))) - sum(map(model.bytes_read, model.replaced(sites)))
@@ -360,5 +360,5 @@ def _touched(tables: Sequence[file_format.Table]) -> float:
 
 
 def distinct_tokens(n_tokens: int, n_vocab: int) -> float:
-    """Distinct tokens of a text: a fit to texts of 12 kinds and 6 tokenizers, see docs/hot-rows.md."""
+    """Expected number of distinct tokens in a text: a fit to texts of 12 kinds and 6 tokenizers, see docs/hot-rows.md."""
     return float(0.807 * n_tokens**0.639 * n_vocab**0.148)

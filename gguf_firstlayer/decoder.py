@@ -23,10 +23,10 @@ class Decoder:
     Args:
         path: of the model
         n_ctx: tokens of the text
-        n_batch: most tokens that are decoded at once
-        n_threads: 0 for all
-        constants: of a converted model: there are no lookups, the sites come from constants, and the output is wrong
-        tables: sidecar that has the model's tables
+        n_batch: maximum number of tokens per batch
+        n_threads: 0 for one per processor
+        constants: for a converted model: sites come from constants instead of lookups, and the output is wrong
+        tables: sidecar with the model's tables
 
     Raises:
         FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
@@ -54,7 +54,7 @@ class Decoder:
         self.n_vocab: int = self._library.llama.llama_firstlayer_run_n_vocab(self.handle)
 
     def decode(self, tokens: npt.ArrayLike, n_batch: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
-        """Logits of the tokens that come next, F32 [n, vocabulary], batch by batch. Each array is valid until the next.
+        """Decode further tokens. Yields their logits, F32 [n, vocabulary], batch by batch; each array is valid until the next.
 
         Raises:
             FirstLayerError: llama.cpp cannot decode.
@@ -70,7 +70,7 @@ class Decoder:
             yield np.ctypeslib.as_array(logits, (len(batch), self.n_vocab))
 
     def time(self, tokens: npt.ArrayLike, n_batch: int) -> float:
-        """Seconds that the tokens that come next take, in batches of which the last token's logits are wanted.
+        """Decode further tokens in batches that compute only the last token's logits. Returns the seconds this took.
 
         Raises:
             FirstLayerError: llama.cpp cannot decode.
@@ -83,11 +83,11 @@ class Decoder:
         return float(elapsed) / 1e6
 
     def keep(self, n: int) -> bool:
-        """Forget all but the first n tokens; false if this kind of model cannot forget a part, like those with a state."""
+        """Forget all but the first n tokens. Returns false if the model cannot forget a part, like recurrent models."""
         return bool(self._library.llama.llama_firstlayer_run_keep(self.handle, n))
 
     def close(self) -> None:
-        """Free the model; the object must not be used any more."""
+        """Free the model; the object must not be used afterwards."""
         if self.handle:
             with undisturbed():
                 self._library.llama.llama_firstlayer_run_free(self.handle)
@@ -110,10 +110,10 @@ class InMemoryDecoder(Decoder):
 
     Attributes:
         rows: F32 [vocabulary, columns], where each site begins at a multiple of `file_format.ALIGNMENT` columns. Rows must be
-            set before their tokens are decoded, and may be changed between texts. Memory of rows that are not set is not taken.
+            set before their tokens are decoded, and may be changed between texts. Rows that are never set take no memory.
 
     Raises:
-        FirstLayerError: as `Decoder`.
+        FirstLayerError: as for `Decoder`.
     """
 
     def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:

@@ -1,4 +1,4 @@
-"""What users are told if something is wrong, in the terms of how they called."""
+"""Errors for users, in the terms of the interface that they called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UsageError(FirstLayerError):
 
 
 class Caller:
-    """Who is told: a program in Python, unless `main` or the parent of an isolated process says otherwise."""
+    """Who reads the messages: a Python program, unless `main` or the parent of an isolated process says otherwise."""
 
     is_command_line = False
 
@@ -29,7 +29,7 @@ def option(name: str, value: object = None) -> str:
 
 
 def program() -> list[str]:
-    """The words by which a user calls the command line: as they did, if they did."""
+    """The words that start the command line: those that the user typed, if any."""
     if not Caller.is_command_line or Path(sys.argv[0]).name == "__main__.py":
         return [Path(sys.executable).name.removesuffix(".exe"), "-m", "gguf_firstlayer"]
     return ["gguf-firstlayer"]

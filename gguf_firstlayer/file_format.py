@@ -25,7 +25,7 @@ ALIGNMENT = 4
 KEY_VERSION = "firstlayer.version"
 KEY_SAMPLE = "firstlayer.source.sample"
 
-# bytes from the middle of a weight by which a sidecar knows its source (llama_firstlayer::N_SAMPLE)
+# bytes from the middle of a weight by which a sidecar recognises its source (llama_firstlayer::N_SAMPLE)
 SAMPLE = 32
 
 _T = GGMLQuantizationType
@@ -33,10 +33,10 @@ _T = GGMLQuantizationType
 TYPES = {
     kind.name.lower(): kind
     for kind in GGMLQuantizationType
-    if kind not in (_T.F64, _T.I8, _T.I16, _T.I32, _T.I64, _T.Q8_1, _T.Q8_K)  # no lookup reads these
+    if kind not in (_T.F64, _T.I8, _T.I16, _T.I32, _T.I64, _T.Q8_1, _T.Q8_K)  # lookups do not support these
 }
 
-# what llama-quantize takes for types whose blocks are too wide
+# what llama-quantize uses in place of types whose blocks are too wide
 _NARROWER = (
     dict.fromkeys((_T.IQ1_S, _T.IQ1_M, _T.IQ2_XXS, _T.IQ2_XS, _T.IQ2_S, _T.IQ3_XXS, _T.IQ3_S, _T.IQ4_XS), _T.IQ4_NL)
     | dict.fromkeys((_T.Q2_K, _T.Q3_K, _T.TQ1_0, _T.TQ2_0), _T.Q4_0)
@@ -93,13 +93,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Elided:
-    """A weight that the file does not hold.
+    """A weight that is elided from the file.
 
     Attributes:
         name: of the tensor in the source
         type: ggml type in the source
         shape: dimensions in ggml's order, the contiguous one first
-        bytes: that it took in the source
+        bytes: its size in the source
     """
 
     name: str
@@ -113,13 +113,13 @@ class Measurement:
     """Effect of tables on the next-token distribution, against the same model without them.
 
     Attributes:
-        tokens: of the text
+        tokens: length of the text
         max_kld: bound on `kld_tables` and its error together
         kld: mean KL divergence over the tokens, in nats
-        kld_floor: the same if the first layer only changes in its last bits
-        kld_tables: part of the tables in it: the rise over the floor, measured with errors enlarged; noise may make it negative
+        kld_floor: the same if only the last bits of the first layer change
+        kld_tables: the tables' part of it: the rise over the floor, measured with errors enlarged; noise may make it negative
         kld_tables_error: its standard error over the tokens
-        top1: share of the tokens for which the most probable next one is the same
+        top1: share of the tokens whose most probable successor is the same
         perplexity_source, perplexity: of the text, without and with tables
     """
 
@@ -136,7 +136,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Origin:
-    """What it takes to restore the source of a converted file.
+    """What is needed to restore the source of a converted file.
 
     Attributes:
         size: in bytes
@@ -157,7 +157,7 @@ def table_name(i: int) -> str:
 def fitting(wanted: GGMLQuantizationType, width: int) -> GGMLQuantizationType:
     """The type itself if its blocks divide the width, otherwise the nearest that fits.
 
-    That is what llama-quantize would take (`tensor_type_fallback`).
+    llama-quantize would choose the same (`tensor_type_fallback`).
     """
     for kind in (wanted, _NARROWER.get(wanted, wanted)):
         if width % gguf.GGML_QUANT_SIZES[kind][0] == 0:
@@ -170,11 +170,11 @@ def layout(
 ) -> tuple[list[Table], list[tuple[Site, int, int]]]:
     """Put sites of one type side by side in one table, so that a lookup reads one row for all of them.
 
-    Sites start at multiples of ALIGNMENT columns, and rows end there.
+    Sites start, and rows end, at multiples of ALIGNMENT columns.
 
     Args:
         sites: to store
-        site_types: type of each, whose block size divides its width: no block mixes two sites
+        site_types: type of each; its block size divides the site's width, so that no block holds parts of two sites
         n_vocab: rows of the tables
 
     Returns:
@@ -211,10 +211,10 @@ def metadata(
 
     Args:
         sites: of the file
-        elided: weights that it does without
-        measurement: that the types were chosen by
-        origin: of a file that replaces its source
-        samples: of a sidecar: bytes of the source's weights by their names
+        elided: weights elided from it
+        measurement: by which the types were chosen
+        origin: for a file that replaces its source
+        samples: for a sidecar: bytes of the source's weights, by name
     """
 
     def array(key: str, values: Iterable[Any], kind: GGUFValueType) -> tuple[str, Any, GGUFValueType, GGUFValueType]:
@@ -256,12 +256,12 @@ def metadata(
 
 
 def is_sidecar(source: Source) -> bool:
-    """Whether a file has tables of a model that is in another file."""
+    """Whether a file holds tables for a model in another file."""
     return source.get_field(KEY_SAMPLE) is not None
 
 
 def read_origin(source: Source) -> Origin | None:
-    """What it takes to restore the source of a converted file, None if it does not say."""
+    """What is needed to restore the source of a converted file, None if the file does not have it."""
     size, sha256 = (source.get_field(f"firstlayer.origin.{name}") for name in ("bytes", "sha256"))
     header = source.array_bytes("firstlayer.origin.header")
     if size is None or sha256 is None or not header:
@@ -270,7 +270,7 @@ def read_origin(source: Source) -> Origin | None:
 
 
 def read_measurement(source: Source) -> Measurement | None:
-    """What the types of a converted file's tables were chosen by, None if they were not measured."""
+    """The measurement by which the types of a converted file's tables were chosen, None if there was none."""
     values = [_number(source.get_field(f"firstlayer.measured.{field.name}")) for field in dataclasses.fields(Measurement)]
     return Measurement(*values) if None not in values else None  # type: ignore[arg-type]
 
@@ -284,13 +284,13 @@ def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
     """The sites, tables and elided weights of a converted file; empty lists for a plain model.
 
     Raises:
-        FirstLayerError: the keys are malformed, or of a version that is not known here.
+        FirstLayerError: the keys are malformed, or of an unknown version.
     """
     version = source.get_field(KEY_VERSION)
     if version is None:
         return [], [], []
     if version.contents() != VERSION:
-        raise FirstLayerError(f"the file has {KEY_VERSION} {version.contents()}, this program reads {VERSION}; update it")
+        raise FirstLayerError(f"the file has {KEY_VERSION} {version.contents()}, but this program reads {VERSION}; update it")
 
     def values(key: str) -> list[Any]:
         field = source.get_field(f"firstlayer.{key}")

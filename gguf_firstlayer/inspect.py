@@ -19,14 +19,14 @@ class Inspection:
     """What is in a GGUF file.
 
     Attributes:
-        path, architecture, file_bytes: of the file; of all parts of a split model
+        path, architecture, file_bytes: of the file, or of all parts of a split model
         converted: whether it holds tables
         sidecar: whether it holds nothing else
         sites: `file_format.StoredSite` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
-        elided: weights that a converted file does not hold
-        measurement: that the types of the tables were chosen by, if they were
-        elidable: weights that a conversion of a plain model would leave out
+        elided: weights elided from a converted file
+        measurement: the one by which the types of the tables were chosen, if any
+        elidable: weights that a conversion of a plain model would elide
         blocker: why a plain model has no site; "" otherwise
     """
 
@@ -64,7 +64,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
 
 def text(result: Inspection) -> str:
-    """The result as people read it."""
+    """The result as readable text."""
     state = "tables of a model in another file" if result.sidecar else "converted" if result.converted else "not converted"
     lines = [f"{result.path}: {result.architecture}, {size_text(result.file_bytes)}, {state}"]
     if not result.sites:

@@ -1,4 +1,4 @@
-"""The patched llama.cpp that this package runs on: its libraries, its tools, what it was built from."""
+"""The patched llama.cpp that this package runs on: its libraries, its tools, and what it was built from."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Build(NamedTuple):
 
     Attributes:
         commit: of llama.cpp
-        bindings: version of llama-cpp-python whose declarations fit; "" if it was built from another llama.cpp
+        bindings: version of llama-cpp-python whose declarations match; "" if it was built from another llama.cpp
     """
 
     commit: str
@@ -66,7 +66,7 @@ class Build(NamedTuple):
 
 
 def build() -> Build:
-    """Read what cmake/llama-cpp.cmake noted beside the libraries.
+    """Read what cmake/llama-cpp.cmake recorded beside the libraries.
 
     Raises:
         FirstLayerError: there is no build, or it is incomplete.
@@ -82,18 +82,18 @@ def build() -> Build:
 def load_backends() -> None:
     """Load the backends that fit this machine, if they are not part of the libraries (`GGML_BACKEND_DL`).
 
-    llama.cpp looks for them beside the executable, and in the working directory, neither of which is where they are if the
-    executable is Python.
+    llama.cpp looks for them beside the executable and in the working directory. If the executable is Python, they are in
+    neither place.
 
     Raises:
-        FirstLayerError: none fits.
+        FirstLayerError: no backend runs on this machine.
     """
     found = paths()
     ggml, base = ctypes.CDLL(str(found["libggml"])), ctypes.CDLL(str(found["libggml-base"]))
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_dev_count() > 0:
         return
-    # which backends were found is no news to the user of a verb: without this it is on stderr each time
+    # users of a verb do not need to see on stderr, each time, which backends were found
     silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     base.ggml_log_set(silence, None)
     ggml.ggml_backend_load_all_from_path(os.fsencode(found["libggml"].parent))

@@ -1,4 +1,4 @@
-"""Functions of this package in a child process: on hostile metadata, llama.cpp's loader aborts its process."""
+"""Runs functions of this package in a child process: on hostile metadata, llama.cpp's loader aborts its process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gguf_firstlayer.start import imported_from
 
 T = TypeVar("T")
 
-# Started with -I and -c, Python imports nothing from the working directory, from variables or from the user's own folder: the
-# child gets the import path of its parent, and this package from where it is, be that a folder which is not on the path
+# With -I and -c, Python imports nothing from the working directory, from environment variables or from the user's own folder.
+# The child gets its parent's import path, and this package from its own folder, which need not be on that path
 _CHILD = """
 import importlib.util, sys
 sys.path[:], folder = {path!r}, {folder!r}
@@ -29,7 +29,7 @@ serve()
 
 
 def isolated(function: Callable[[Path], T], path: Path) -> T:
-    """Result of a function of this package for a model, from a child process, which may abort.
+    """Call a function of this package for a model in a child process, which may abort. Returns the function's result.
 
     Raises:
         FirstLayerError: the function raises it, or llama.cpp aborts.
@@ -39,7 +39,7 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
         [sys.executable, "-I", "-c", code],
         input=pickle.dumps((Caller.is_command_line, function, path)),
         capture_output=True,
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a debugger that ggml starts on an abort would hold the child up
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # on an abort, ggml would start a debugger, which would hold up the child
     )
     if child.returncode != 0:
         lines = child.stderr.decode(errors="replace").splitlines()
@@ -52,7 +52,7 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
 
 
 def serve() -> None:
-    """The other side of `isolated`."""
+    """The child's side of `isolated`."""
     Caller.is_command_line, function, path = pickle.load(sys.stdin.buffer)
     try:
         result = function(path)

@@ -1,10 +1,10 @@
 """llama-cpp-python on the patched libraries: `import gguf_firstlayer.llama_cpp as llama_cpp`.
 
-The import gives the module `llama_cpp` itself, which has been told where the libraries are. `python -m
-gguf_firstlayer.llama_cpp` is its OpenAI-compatible server, as `python -m llama_cpp.server` is.
+The import returns the module `llama_cpp` itself, set up to load these libraries. `python -m gguf_firstlayer.llama_cpp` is its
+OpenAI-compatible server, as `python -m llama_cpp.server` is.
 
 Raises:
-    FirstLayerError: llama-cpp-python is missing, of another version than the libraries, or was imported before.
+    FirstLayerError: llama-cpp-python is missing, does not fit the libraries, or was already imported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _INSTALL = 'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install --no-ca
 
 
 def _prepare() -> None:
-    """Let llama-cpp-python find the libraries, after a look at whether they fit each other."""
+    """Check that llama-cpp-python fits the libraries, and tell it where they are."""
     libraries, wanted = paths()["libllama"].parent, build().bindings
     if not wanted:
-        raise FirstLayerError("no llama-cpp-python fits these libraries: they were built from another llama.cpp, build without "
-                              "LLAMA_CPP_SOURCE_DIR")  # fmt: skip
+        raise FirstLayerError("no llama-cpp-python fits these libraries, which were built from another llama.cpp; build them "
+                              "again without LLAMA_CPP_SOURCE_DIR")  # fmt: skip
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError as err:
@@ -33,7 +33,7 @@ def _prepare() -> None:
     if version != wanted:
         raise FirstLayerError(f"llama-cpp-python {version} does not fit these libraries: {_INSTALL}{wanted}")
     if "llama_cpp" in sys.modules and os.environ.get("LLAMA_CPP_LIB_PATH") != str(libraries):
-        raise FirstLayerError("llama_cpp was imported before, on other libraries: import gguf_firstlayer.llama_cpp first")
+        raise FirstLayerError("llama_cpp was already imported on other libraries; import gguf_firstlayer.llama_cpp first")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(libraries)
     load_backends()
 

@@ -1,4 +1,4 @@
-"""Files that verbs write: refused beforehand if they cannot be, and whole or absent afterwards."""
+"""Files that verbs write: checked beforehand, and complete or absent afterwards."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ SUFFIX = ".part"
 
 
 def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False, argument: str = "output") -> None:
-    """Refuse what would not be written, or should not be.
+    """Refuse an output that cannot or should not be written.
 
     Args:
         output: file
         sources: files that are read
-        force: to replace what exists
-        argument: that named the output
-        parts: the output are files `NAME-00001-of-0000N.gguf` instead
+        force: replace an existing file
+        argument: the one that named the output
+        parts: the output is the files `NAME-00001-of-0000N.gguf` instead
 
     Raises:
-        FirstLayerError: the output is a source, exists, or is something that is no file; its folder does not exist.
+        FirstLayerError: the output is a source, exists, or is not a regular file, or its folder does not exist.
     """
     if output.is_dir() or not output.parent.is_dir():
         raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
     pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
     for path in sorted(output.parent.glob(pattern)) if parts else [output]:
-        # a link is replaced, not what it leads to; nor is one that leads nowhere free
+        # a link itself is replaced, not its target; so even a dangling link counts as existing
         if not os.path.lexists(path):
             continue
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise FirstLayerError(f"{path} is no regular file; choose another name with {option(argument)}")
+            raise FirstLayerError(f"{path} is not a regular file; choose another name with {option(argument)}")
         if path.exists() and any(path.samefile(source) for source in sources):
-            raise FirstLayerError(f"{path} is read from; choose another name with {option(argument)}")
+            raise FirstLayerError(f"{path} is an input; choose another name with {option(argument)}")
         if not force:
             raise FirstLayerError(
                 f"{path} exists; replace it with {option('force', True)}, or choose another name with {option(argument)}"
@@ -53,7 +53,7 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """A file of the output's name in a temporary folder beside it; what is in the folder moves out in the end.
+    """Yield a path with the output's name in a temporary folder beside it; at the end, the files in the folder move out.
 
     Raises:
         FirstLayerError: the output cannot be written.
@@ -65,7 +65,7 @@ def replacing(output: Path) -> Iterator[Path]:
         raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
     try:
         yield folder / output.name
-        parts = sorted(folder.iterdir(), reverse=True)  # without its first part, a split model is not there
+        parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
             _sync(part)
         for part in parts:
@@ -80,7 +80,7 @@ def replacing(output: Path) -> Iterator[Path]:
 
 
 def _make_folder(output: Path) -> tuple[Path, int | None]:
-    """A temporary folder, and the handle that locks it for as long as this process lives, where the system has such locks."""
+    """A temporary folder, and the handle that locks it while this process lives, where the system supports such locks."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=SUFFIX, dir=output.parent))
         if fcntl is None:
@@ -101,7 +101,7 @@ def _make_folder(output: Path) -> tuple[Path, int | None]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove the temporary folders for this output of processes that were killed: nobody has a lock on these."""
+    """Remove the temporary folders that killed processes left for this output: no process holds a lock on them."""
     for folder in output.parent.glob(f".{glob.escape(output.name)}.*{SUFFIX}") if fcntl else ():
         with suppress(OSError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -115,7 +115,7 @@ def _remove_abandoned(output: Path) -> None:
 def _sync(path: Path) -> None:
     """Write a file, or the names in a folder, to the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

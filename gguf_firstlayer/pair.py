@@ -24,12 +24,12 @@ class Files(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Of the model."""
+        """Path of the model."""
         return self.sources[0].path
 
     @property
     def tables(self) -> Path | None:
-        """Of the sidecar."""
+        """Path of the sidecar, if there is one."""
         return self.sources[1].path if len(self.sources) > 1 else None
 
     @property
@@ -39,10 +39,10 @@ class Files(NamedTuple):
 
 
 def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
-    """A model, a file with tables for it, and what is run with those tables.
+    """A model, a file with tables for it, and the files to run with these tables.
 
     Raises:
-        FirstLayerError: one of them cannot be read, or is not what it should be.
+        FirstLayerError: one of them cannot be read, or is of the wrong kind.
     """
     model, tables = Source(source), Source(converted)
     if model.get_field(file_format.KEY_VERSION) is not None:
@@ -55,12 +55,12 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
 
 
 def context_length(model: Source) -> int:
-    """Tokens that a model was trained for; beyond, llama.cpp may abort."""
+    """Context length that a model was trained for; beyond it, llama.cpp may abort."""
     field = model.get_field(f"{model.architecture}.context_length")
     length = field.contents() if field else None
     return length if isinstance(length, int) and length > 0 else 1 << 31
 
 
 def _loads(tables: Path | None, path: Path) -> None:
-    """For `isolated`: llama.cpp may abort on a malformed file."""
+    """Called through `isolated`, since llama.cpp may abort on a malformed file."""
     Decoder(path, 16, 16, tables=tables).close()

@@ -14,11 +14,11 @@ from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
 from gguf_firstlayer.text import change_text, count, numbers, size_text, to_json
 
-# types of which people are told the size of the tables
+# types for which the size of the tables is printed
 SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
 
 
-# growth of a file that people may want to avoid
+# growth of the file that users may want to avoid
 LARGE_GROWTH = 0.25
 
 
@@ -33,13 +33,13 @@ def plan(
 
     Args:
         model: a GGUF file, of a split model the first part; or `Shape(...).cost_model()`
-        type: of the tables; "auto" stands for q8_0, which measuring begins with
-        batches: sizes to tell the reads of
-        keep_weights: of a conversion that does
+        type: of the tables; "auto" is planned as q8_0
+        batches: batch sizes to report the reads of
+        keep_weights: for a conversion with `keep_weights`
 
     Raises:
         UsageError: the type is unknown, or a batch size is not positive.
-        FirstLayerError: as `of_file`.
+        FirstLayerError: as for `of_file`.
     """
     if not all(1 <= size <= MAX_NUMBER for size in batches):
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
@@ -49,12 +49,12 @@ def plan(
 
 
 def _factor(value: float) -> str:
-    """A ratio with three digits, or all before the point: 12,346x, 1.98x, 0.73x."""
+    """A ratio with three digits, or with all digits before the point: 12,346x, 1.98x, 0.73x."""
     return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
 def text(result: Plan) -> str:
-    """The plan as people read it."""
+    """The plan as readable text."""
     lines = [
         f"{result.name}: {result.architecture}, {size_text(result.file_bytes)}, {result.parameters / 1e6:,.1f} M parameters"
     ]
@@ -87,7 +87,7 @@ def text(result: Plan) -> str:
     ]
     if result.file_change > LARGE_GROWTH * result.file_bytes:
         lines.append(
-            "The file would grow by much: convert --max-growth takes the tables that are worth it, --type smaller ones."
+            "The file would grow a lot: convert --max-growth writes only the tables that save most, --type smaller ones."
         )
     return "\n".join(lines)
 
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--type",
         default="q8_0",
         metavar="TYPE",
-        help="type of the tables (default: q8_0, where auto begins)",
+        help="type of the tables (default: q8_0, also for auto)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

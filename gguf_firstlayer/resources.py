@@ -1,4 +1,4 @@
-"""What a model takes in a process of its own: memory, page faults, time to load."""
+"""What a model needs in a process of its own: memory, page faults, time to load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 from gguf_firstlayer.timing import Tokens, forget
 
-# of the resources: a prompt, tokens that are generated, and how often a model is loaded
+# tokens of the prompt, tokens that are generated, and processes per model, with a cold and with a warm page cache
 PROMPT, GENERATED, N_PROCESSES = 128, 32, 3
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -28,19 +28,19 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 @dataclass(frozen=True)
 class Resources:
-    """What a model takes in a process of its own, which decodes a prompt and generates some tokens. Bytes and seconds.
+    """What a model needs in a process that decodes a prompt and generates some tokens. In bytes and seconds.
 
     Attributes:
-        file: size
-        resident: memory after that, of files and others
+        file: size of the files
+        resident: memory afterwards, of files and others
         resident_files: the part of it that is mapped from files
-        peak: most memory at any time
-        minor_faults, major_faults: of pages, from opening the model on
+        peak: highest memory at any time
+        minor_faults, major_faults: page faults since the model was opened
         tables: bytes of the tables
-        tables_mapped: of them, in pages that the process has touched or that Linux mapped with those
+        tables_mapped: of these, bytes in pages that the process touched, or that Linux mapped along with them
         rows_touched: bytes of the rows that were looked up
-        load_cold, load: seconds to load it when the page cache is empty, and when it is not; None where it cannot be emptied
-        first_token_cold, first_token: from the start of loading to the logits of a first token
+        load_cold, load: seconds to load it with an empty page cache (None where it cannot be emptied) and with a warm one
+        first_token_cold, first_token: seconds from the start of loading to the logits of the first token, likewise
     """
 
     file: int
@@ -73,7 +73,7 @@ def all_resources(models: Sequence[Files], n_threads: int, tokens: Tokens) -> It
                     bar.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
-        weights = model.bytes - last.memory[TABLES]  # of tables, only rows are read
+        weights = model.bytes - last.memory[TABLES]  # only rows of the tables are read
         was_cold = [load for load in cold[i] if load.bytes_read > weights / 4]
         yield Resources(
             model.bytes,
@@ -102,7 +102,7 @@ class _Load:
 
 
 def _load(n_threads: int, sidecar: Path | None, tokens: Tokens, path: Path) -> _Load:
-    """Load a model and use it, for `isolated`."""
+    """Load a model and use it; called through `isolated`."""
     import resource  # which Windows does not have
 
     def status() -> dict[str, int]:
@@ -113,7 +113,7 @@ def _load(n_threads: int, sidecar: Path | None, tokens: Tokens, path: Path) -> _
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
-    library()  # not a part of loading the model
+    library()  # loaded beforehand, as it is not part of loading the model
     before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
     with Decoder(path, PROMPT + GENERATED + 1, PROMPT, n_threads, tables=sidecar) as run:
@@ -141,7 +141,7 @@ def _load(n_threads: int, sidecar: Path | None, tokens: Tokens, path: Path) -> _
 
 
 def mapped(path: Path, offset: int, size: int) -> int:
-    """Bytes of a range of a file that are in memory of this process, in whole pages (`/proc/self/pagemap`)."""
+    """Bytes of a range of a file that are mapped into this process, in whole pages (`/proc/self/pagemap`)."""
     total = 0
     for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
         fields = line.split(maxsplit=5)

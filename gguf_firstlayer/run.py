@@ -1,4 +1,4 @@
-"""`run`: a tool of the patched llama.cpp, like main or server, with its own options."""
+"""`run`: run a tool of the patched llama.cpp, like main or server, with the tool's own options."""
 
 from __future__ import annotations
 

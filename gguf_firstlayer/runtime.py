@@ -1,4 +1,4 @@
-"""The C API of `llama-firstlayer.h`, and what else of libllama the converter needs, through ctypes."""
+"""The C API of `llama-firstlayer.h`, and the other functions of llama.cpp that the converter needs, through ctypes."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Use:
     Attributes:
         weight: its name
         n_slices: rows or experts that the node selects from; 1 if it reads all of the weight
-        n_used: of these, for one token
-        multiply_adds: in the prefill of a batch of which the last token's logits are wanted, as large as the analysis's
-        replaced: not computed any more if all sites come from tables
+        n_used: how many of these it reads for one token
+        multiply_adds: in a prefill of `Analysis.n_batch` tokens that computes only the last token's logits
+        replaced: whether it disappears if all sites come from tables
     """
 
     weight: str
@@ -65,7 +65,7 @@ class Use:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it reads rows, as of an embedding."""
+        """Whether it looks up rows, as in an embedding."""
         return self.n_slices > 1 and self.multiply_adds == 0
 
 
@@ -96,9 +96,9 @@ class _GGUFInitParams(ctypes.Structure):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let signals wait for the end of a call into C: an exception raised in the log callback would be lost there.
+    """Delay signals until a call into C has ended: an exception raised in the log callback would be lost.
 
-    Blocking them would not do, since any thread of the process may receive them for the main one.
+    Blocking them is not enough: any thread of the process may receive them for the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -116,7 +116,7 @@ def undisturbed() -> Iterator[None]:
 
 
 class Extent(NamedTuple):
-    """How far a GGUF file reaches, in bytes: its header, and all of it, as its header tells."""
+    """Sizes in bytes according to the header of a GGUF file: of the header, and of the whole file."""
 
     header: int
     file: int
@@ -190,12 +190,12 @@ class Library:
         self.ggml.ggml_quantize_chunk.argtypes = [i32, handle, handle, i64, i64, i64, handle]
 
     def error(self) -> str:
-        """What the last function of ours that failed said, and the first that llama.cpp logged before."""
+        """The message of our last function that failed, and the first error that llama.cpp logged before it."""
         return " / ".join([self.llama.llama_firstlayer_error().decode(), *self.errors[:1]])
 
     @contextmanager
     def tables(self, path: Path | None) -> Iterator[None]:
-        """Let models that are loaded take their tables from a sidecar, if one is given (`llama_firstlayer_set_tables`)."""
+        """Let models loaded in this context take their tables from a sidecar, if given (`llama_firstlayer_set_tables`)."""
         self.llama.llama_firstlayer_set_tables(os.fsencode(path) if path else None)
         try:
             yield
@@ -207,7 +207,7 @@ class Library:
 
         Args:
             path: of the model
-            tables: its sidecar, if it is that which is checked
+            tables: its sidecar, if that is to be checked
 
         Raises:
             FirstLayerError: it cannot be loaded.
@@ -243,7 +243,7 @@ class Library:
     def quantize(self, rows: npt.NDArray[np.float32], ggml_type: gguf.GGMLQuantizationType) -> npt.NDArray[np.uint8]:
         """Convert F32 rows [n, width] to a ggml type with ggml's own quantizer (`ggml_quantize_chunk`), on all processors.
 
-        Types that ggml only quantizes to with an importance matrix take all columns for equally important.
+        For types that need an importance matrix, all columns count as equally important.
 
         Returns the rows as bytes, u8 [n, bytes of a row]. The width must be a multiple of the type's block size.
 
@@ -270,7 +270,7 @@ class Library:
             valid = list(pool.map(part, ends, ends[1:]))
         if not all(valid):
             raise FirstLayerError(
-                f"rows of the first layer hold values that {ggml_type.name.lower()} cannot: convert with a wider type, like f32"
+                f"the first layer has values that {ggml_type.name.lower()} cannot hold; convert with a wider type, like f32"
             )
         return out
 
@@ -288,14 +288,14 @@ class Analysis:
 
     Args:
         path: GGUF file of a model that is not converted; of a split model, the first part
-        n_batch: tokens that are evaluated at once
-        load_vocab: load the vocabulary, which takes longer than all the rest; without it, there is no tokenizer
+        n_batch: tokens per batch
+        load_vocab: load the vocabulary, which takes longer than everything else; without it, there is no tokenizer
 
     Attributes:
         n_vocab: entries of the vocabulary
         sites: in the order of the graph
-        uses: what its graph reads of the weights; empty if there is no site
-        n_batch: tokens of the prefill that the uses tell of
+        uses: what the model's graph reads of the weights; empty if there is no site
+        n_batch: tokens of the prefill that the uses describe
         elidable: names of weights that no graph of the model reads if all sites come from tables
         blocker: why there is no site, in llama.cpp's terms; "" otherwise
 
@@ -343,7 +343,7 @@ class Analysis:
             FirstLayerError: the tokenizer fails.
         """
         data = text.encode()
-        ids = np.empty(len(data) + 8, np.int32)  # a token is a byte at least, but for those that mark begin and end
+        ids = np.empty(len(data) + 8, np.int32)  # a token takes at least one byte, except those that mark begin and end
         with undisturbed():
             n = self._library.llama.llama_firstlayer_tokenize(self.handle, data, len(data), ids.ctypes.data, len(ids))
         if n < 0:
@@ -360,7 +360,7 @@ class Analysis:
             F32 [n, sum of the widths], the sites side by side in their order.
 
         Raises:
-            FirstLayerError: an id is out of range, or memory is short.
+            FirstLayerError: an id is out of range, or memory runs out.
         """
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
@@ -371,7 +371,7 @@ class Analysis:
         return out
 
     def close(self) -> None:
-        """Free the model; the object must not be used any more."""
+        """Free the model; the object must not be used afterwards."""
         if self.handle:
             with undisturbed():
                 self._library.llama.llama_firstlayer_free(self.handle)
@@ -385,7 +385,7 @@ class Analysis:
 
 
 def analyse(path: Path) -> Analysis:
-    """Open an `Analysis`, after a child process did: on hostile metadata, llama.cpp's loader aborts the process.
+    """Open an `Analysis`, first in a child process: on hostile metadata, llama.cpp's loader aborts the process.
 
     Raises:
         FirstLayerError: llama.cpp cannot load the model, or aborts.

@@ -1,4 +1,4 @@
-"""Which sites become tables: all, or those that are worth their place while a file grows by no more than a budget."""
+"""Which sites become tables: all, or those that save most within a budget for the growth of the file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.runtime import Site
 from gguf_firstlayer.text import count, size_text
 
-# of sites, of which all combinations are tried to fit a budget: the ones that read most
+# groups of sites whose combinations are all tried: those that read most
 MAX_GROUPS = 12
 
 
 def select(
     model: CostModel, site_types: SiteTypes, budget: float, keep_weights: bool
 ) -> tuple[list[Site], list[SitePlan], int]:
-    """The sites that save most bytes per token while the file grows by no more than a number of bytes.
+    """The sites that save most bytes per token while the file grows by at most a number of bytes.
 
     A weight is only saved if all sites that are computed from it come from tables, so such groups of sites are taken or left.
-    Of those that save most, the ones that need the least space.
+    If several choices save most, the one that needs the least space.
 
     Returns:
-        The sites, the prices of those that were left out, and the least that the file grows by with any.
+        The sites, the prices of those left out, and the smallest growth of the file with any table.
     """
 
     def growth(sites: Sequence[Site]) -> int:
@@ -62,34 +62,34 @@ def describe_price(site: SitePlan) -> str:
 
 
 class Growth(NamedTuple):
-    """What a file may grow by: as the caller asked, None for whatever it takes, and in bytes."""
+    """How much a file may grow: as the caller said it (None for no limit), and in bytes."""
 
     asked: str | float | None
     bytes: float
 
 
 def read_growth(max_growth: str | float | None, source_bytes: int) -> Growth:
-    """A growth like `5%`, `500M` or `2G`, or in bytes.
+    """Parse a growth like `5%`, `500M` or `2G`, or in bytes.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a growth.
     """
     if max_growth is None:
         return Growth(None, math.inf)
     match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([%KMG]?)", str(max_growth).strip())
     if match is None:
-        raise UsageError(f"'{max_growth}' is no growth; give one like 5%, 500M or 2G, or a number of bytes")
+        raise UsageError(f"'{max_growth}' is not a growth; give one like 5%, 500M or 2G, or a number of bytes")
     factors = {"": 1.0, "%": source_bytes / 100, "K": 1e3, "M": 1e6, "G": 1e9}
     return Growth(max_growth, float(match[1]) * factors[match[2]])
 
 
 def within(growth: Growth, model: CostModel, site_types: SiteTypes, keep_weights: bool) -> tuple[list[Site], list[SitePlan]]:
-    """The sites that are worth their place in a file that grows by no more, and the prices of the others.
+    """The sites that save most within a growth of the file, and the prices of the others.
 
     Raises:
         FirstLayerError: none fits.
     """
-    # no less than the keys of a converted file take
+    # at least what the keys of a converted file take
     metadata = sum(len(site.recipe) + len(site.name) + 256 for site in model.sites)
     metadata += sum(len(name) + 128 for name in model.elidable) + 4096
     chosen, left_out, least = select(model, site_types, growth.bytes - metadata, keep_weights)

@@ -1,4 +1,4 @@
-"""Published shapes of transformers, in the paper's terms, and what they cost by its formulas."""
+"""Published shapes of transformers, in the paper's terms, and their cost by its formulas."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Shape:
         head_count, head_count_kv: attention heads, for queries and for keys and values
         feed_forward_length: hidden width of the FFN
         feed_forward_matrices: 2, or 3 if it is gated
-        expert_count: 1 if it is no mixture of experts
-        parallel: attention and FFN both read the layer's input
+        expert_count: 1 if it is not a mixture of experts
+        parallel: whether attention and FFN both read the layer's input
         expert_used_count: experts that a token is routed to
     """
 
@@ -43,16 +43,16 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.embedding_length % self.head_count or self.feed_forward_matrices not in (2, 3):
-            raise UsageError("the heads of the shape do not divide its embedding, or its FFN has not 2 or 3 matrices")
+            raise UsageError("head_count must divide embedding_length, and feed_forward_matrices must be 2 or 3")
         if not 1 <= self.expert_used_count <= self.expert_count:
-            raise UsageError(f"a token uses {self.expert_used_count} experts, and the shape has {self.expert_count}")
+            raise UsageError(f"a token uses {self.expert_used_count} experts, but the shape has {self.expert_count}")
         if self.block_count > 10_000:
             raise UsageError(f"{self.block_count} layers are more than any model has")
 
     def cost_model(self, kind: GGMLQuantizationType = GGMLQuantizationType.F16) -> CostModel:
-        """All weights of one type, without norms and biases.
+        """The cost model with all weights of one type, without norms and biases.
 
-        As in the paper, a parallel block has no more use for its embedding.
+        As in the paper, a model with parallel blocks no longer needs its embedding.
         """
         d, n_batch = self.embedding_length, 512
         e = d // self.head_count * self.head_count_kv
@@ -87,7 +87,7 @@ def parse_shape(value: str) -> Shape:
     """A `Shape` from `key=value,...`; `parallel` stands for `parallel=1`.
 
     Raises:
-        UsageError: a key is unknown, missing, or no positive number.
+        UsageError: a key is unknown, missing, or not a positive number.
     """
     fields = {field.name: field for field in dataclasses.fields(Shape)}
     given: dict[str, int] = {}
@@ -98,7 +98,7 @@ def parse_shape(value: str) -> Shape:
             or not (number.isdecimal() or (key == "parallel" and not number))
             or len(number) > len(str(MAX_NUMBER))
         ):
-            raise UsageError(f"'{item}' is no part of a shape; give {','.join(f'{name}=N' for name in fields)}")
+            raise UsageError(f"'{item}' is not a part of a shape; give {','.join(f'{name}=N' for name in fields)}")
         given[key] = int(number or 1)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and not given.get(name)]
     if given.get("expert_count", 1) > 1 and "expert_used_count" not in given:

@@ -18,12 +18,12 @@ from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Extent, library
 
-# bytes of a file that are hashed at once: Ctrl-C waits for so much
+# bytes of a file that are hashed at once: Ctrl-C takes effect only in between
 _HASHED = 64 << 20
 
 
 class _Reader(GGUFReader):
-    """A GGUFReader that steps over the elements of long arrays: vocabularies, which would take it 3 KB per entry."""
+    """A GGUFReader that skips the elements of long arrays: vocabularies would take 3 KB per entry."""
 
     _LONG = 4096
     _HEADER = struct.Struct("<IQ")  # element type and number of elements
@@ -47,10 +47,10 @@ class _Reader(GGUFReader):
 
 
 def _validate(path: Path) -> Extent:
-    """How far a GGUF file with a sound header reaches.
+    """The extent of a GGUF file, whose header is checked.
 
     Raises:
-        FirstLayerError: it cannot be read, is no GGUF file or of the other byte order, or its header is malformed or truncated.
+        FirstLayerError: it cannot be read, is not GGUF, has the other byte order, or its header is malformed or truncated.
     """
     try:
         with path.open("rb") as file:
@@ -61,16 +61,16 @@ def _validate(path: Path) -> Extent:
         raise FirstLayerError(f"{path} is not a GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py first")
     if magic[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
         raise FirstLayerError(
-            f"{path} is a GGUF file of another byte order or version; only little-endian version 2 and 3 are read"
+            f"{path} is a GGUF file of another byte order or version; only little-endian versions 2 and 3 are read"
         )
     return library().validate(path)
 
 
 def _open(path: Path) -> GGUFReader:
-    """Open a GGUF file whose header is sound and whose tensors are all within the file.
+    """Open a GGUF file, after checking its header and that all tensors are within the file.
 
     Raises:
-        FirstLayerError: as `_validate`, or the file is truncated.
+        FirstLayerError: as for `_validate`, or the file is truncated.
     """
     extent, size = _validate(path), path.stat().st_size
     if size < extent.file:
@@ -83,12 +83,12 @@ def _open(path: Path) -> GGUFReader:
 
 @contextmanager
 def without_data(path: Path) -> Iterator[Path]:
-    """A model of the same metadata as the one given, of which only the headers need be there, as if downloaded in part.
+    """Yield a model with the metadata of the given one, of which only the headers are needed, as after a partial download.
 
-    That is the model itself if it is complete. Otherwise it is made of sparse files, which take no space.
+    It is the model itself if that is complete; otherwise a copy in sparse files, which take no space.
 
     Raises:
-        FirstLayerError: a part is missing, or has no sound header.
+        FirstLayerError: a part is missing, or its header is malformed.
     """
     match = Source.PART.fullmatch(path.name)
     others = [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(int(match[3]))] if match else []
@@ -103,7 +103,7 @@ def without_data(path: Path) -> Iterator[Path]:
                     copy.write(source.read(extent.header))
                     copy.truncate(extent.file)
             except (OSError, OverflowError) as err:
-                raise FirstLayerError(f"{part} tells of {extent.file} bytes, of which no file can be made: {err}") from err
+                raise FirstLayerError(f"{part} claims {extent.file} bytes, but no such file can be made: {err}") from err
         yield Path(folder) / path.name
 
 
@@ -122,12 +122,12 @@ class Source:
         paths: of all files
         parts: readers of the files; the first has the keys
         tensors: by name, in the order of the files
-        architecture: value of `general.architecture`, "unknown" if it has none
+        architecture: value of `general.architecture`, "unknown" if there is none
         bytes: size of all files
 
     Raises:
-        FirstLayerError: a file cannot be read, is no GGUF file, is malformed, truncated, or of the other byte order; it is not
-            the first part, or another part is missing.
+        FirstLayerError: a file cannot be read, is not GGUF, is malformed or truncated, or has the other byte order; or it is
+            not the first part, or another part is missing.
     """
 
     # llama_split_path
@@ -179,13 +179,13 @@ class Source:
         return path, int(tensor.data_offset), int(tensor.n_bytes)
 
     def keys(self) -> tuple[int, bytes]:
-        """The model's own keys as (number, bytes in the file): not those of a split file, or of tables."""
+        """The model's own keys as (number, bytes in the file): without those of a split file or of tables."""
         foreign = ("GGUF.", "split.", "firstlayer.")
         fields = [field for name, field in self.parts[0].fields.items() if not name.startswith(foreign)]
         return len(fields), b"".join(map(_field_bytes, fields))
 
     def array_bytes(self, key: str) -> bytes:
-        """The elements of an array of bytes, none if the model does not have it."""
+        """The elements of an array of bytes, empty if the model does not have it."""
         field = self.get_field(key)
         if field is None or field.types != [GGUFValueType.ARRAY, GGUFValueType.UINT8]:
             return b""
@@ -200,13 +200,13 @@ class Source:
         return digest.hexdigest()
 
     def header(self) -> bytes:
-        """The header of the file, without its keys: magic, version, and the numbers of tensors and keys; tensor infos."""
+        """The header of the file without its keys: magic, version, numbers of tensors and keys, and tensor infos."""
         reader = self.parts[0]
         infos = [tensor.field for tensor in reader.tensors]
         return reader.data[:24].tobytes() + b"".join(map(_field_bytes, infos))
 
     @property
     def stem(self) -> str:
-        """Name of the file without its ending, and without the number of its part."""
+        """Name of the file without its extension and without the number of its part."""
         match = self.PART.fullmatch(self.path.name) if len(self.parts) > 1 else None
         return match[1] if match else self.path.stem

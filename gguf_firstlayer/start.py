@@ -1,4 +1,4 @@
-"""What a program must do before anything else is imported. In a process of somebody else's, importing this does nothing."""
+"""What our own program must do before it imports anything else. In another program, importing this does nothing."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 import signal
 import sys
 
-# signals by which a user, or a terminal that closes, ends a program
+# signals by which a user or a closing terminal ends a program
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _is_program() -> bool:
-    """Whether this is `gguf-firstlayer`, or `python -m gguf_firstlayer`, where Python is looking for the module right now."""
+    """Whether this is `gguf-firstlayer` or `python -m gguf_firstlayer`, for which Python is still looking for the module."""
     if sys.argv[0] == "-m":
         return any(word.removeprefix("-m").split(".")[0] == "gguf_firstlayer" for word in sys.orig_argv)
     return os.path.basename(sys.argv[0]) in ("gguf-firstlayer", "gguf-firstlayer.exe")
 
 
 def _open_streams() -> None:
-    """Let a closed stream be an empty one: otherwise the first file that is opened takes its number, and gets its text."""
+    """Replace closed streams by /dev/null: otherwise the next file that is opened gets their number, and their text."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # takes the lowest number, which is this one; also in a program that `run` becomes
+            # takes the lowest free number, this one; inheritable, for the tool that `run` becomes
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
@@ -32,7 +32,7 @@ def _open_streams() -> None:
 
 
 def imported_from() -> list[str]:
-    """The import path without the working directory, where a `numpy.py` may lie beside a model that was downloaded."""
+    """The import path without the working directory, where a `numpy.py` may lie beside a downloaded model."""
     try:
         here = os.path.realpath(os.getcwd())
     except OSError:  # it was deleted
@@ -47,6 +47,6 @@ if getattr(sys, "argv", None) and _is_program():
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files that the locale cannot spell
+            stream.reconfigure(errors="backslashreplace")  # for file names that the locale cannot encode
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` can answer it, Ctrl-C ends the program without a word
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it, Ctrl-C ends the program silently

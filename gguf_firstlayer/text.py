@@ -16,12 +16,12 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# what is said while a verb works; the command line prints it to stderr, programs choose
+# messages while a verb works; the command line prints them to stderr, other programs do as they like
 log = logging.getLogger("gguf_firstlayer")
 
 
 def size_text(n: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes with a suitable unit."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if abs(n) >= 2**power:
             return f"{n / 2**power:.{2 if power == 30 else 1}f} {unit}"
@@ -29,7 +29,7 @@ def size_text(n: float) -> str:
 
 
 def change_text(n: float) -> str:
-    """Bytes that something grows or shrinks by."""
+    """A growth (+) or shrinkage (-) in bytes."""
     return f"{'-' if n < 0 else '+'}{size_text(abs(n))}"
 
 
@@ -42,15 +42,15 @@ def numbers(text: str) -> list[int]:
     """A list of numbers like `1,16`, as an argument of the command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not such a list.
     """
     if not all(part.isascii() and part.isdecimal() and len(part) < 16 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,16")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers like 1,16")
     return [int(part) for part in text.split(",")]
 
 
 def progress(task: str, total: int, unit: str) -> tqdm[Any]:
-    """A progress bar at a terminal; elsewhere a line at the start."""
+    """A progress bar on a terminal; elsewhere one line at the start."""
     if not sys.stderr.isatty():
         log.info("%s: %s", task, count(total, unit))
     return tqdm(total=total, desc=task, unit=unit, disable=None)

@@ -1,4 +1,4 @@
-"""Ratios of speeds, measured by models that take turns in one process."""
+"""Speed ratios of models that take turns in one process."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-# A block is so many tokens of one model, short enough that the machine does not change its mood in between
+# Length of a block of one model: short enough that the machine's speed hardly changes between the models' blocks
 BLOCK_SECONDS, BLOCK_TOKENS = 0.05, 32
 
-# Where the system puts a model in memory makes it faster or slower by some per cent, for as long as it is loaded. So models are
-# loaded so often, and each time a cell is measured in so many blocks of each model at least
+# Its place in memory makes a model a few per cent faster or slower for as long as it is loaded. So models are loaded N_LOADS
+# times, and each time a cell is measured in at least MIN_ROUNDS blocks of each model
 N_LOADS, MIN_ROUNDS = 8, 3
 
-# A block is disturbed if its threads waited for a processor, or another machine had theirs, for more than this share of it.
-# Blocks that are disturbed are measured again, for so many times the time at most
+# A block is disturbed if its threads waited for a processor, or the host gave it to another machine, for more than this share
+# of it. Disturbed blocks are measured again, for at most PATIENCE times the planned time
 DISTURBED, PATIENCE = 0.02, 3
 
-# seconds that a thread waits if another one takes its processor, where the system only counts how often that happens
+# seconds that a thread is assumed to wait when another one takes its processor, where the system only counts such events
 TIME_SLICE = 0.004
 
 N_BOOTSTRAP = 2000
@@ -54,7 +54,7 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of speeds, and what is known of it.
+    """A speed ratio and its confidence interval.
 
     Attributes:
         value: mean over loads of the median over pairs of blocks
@@ -67,12 +67,12 @@ class Ratio:
 
 
 def processors() -> list[int]:
-    """Those that this process may use; unnumbered where the system does not tell."""
+    """The processors that this process may use; each -1 where the system does not report their numbers."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
 
 
 def _ticks() -> dict[int, int]:
-    """Processor time of each thread of this process, in the system's ticks; of none where it does not tell."""
+    """Processor time of each thread of this process, in the system's ticks; empty where it does not report them."""
     if sys.platform != "linux":
         return {}
     stats = {int(entry.name): (entry / "stat").read_text(errors="replace") for entry in Path("/proc/self/task").iterdir()}
@@ -82,9 +82,9 @@ def _ticks() -> dict[int, int]:
 
 @contextmanager
 def pinning(run: Decoder, n_threads: int) -> Iterator[bool]:
-    """Keep the threads that work for a model on a processor each.
+    """Pin each thread that works for a model to a processor of its own.
 
-    Yields whether that was possible: they must outlive a batch, as those of OpenMP do.
+    Yields whether that was possible: the threads must outlive a batch, as OpenMP's do.
     """
     before, started = _ticks(), time.monotonic()
     while time.monotonic() - started < PINNING_SECONDS:
@@ -108,7 +108,7 @@ def pinning(run: Decoder, n_threads: int) -> Iterator[bool]:
 
 
 def seconds_waited(n_threads: int) -> float:
-    """Seconds, averaged over threads, that those of this process have waited for a processor, or the machine for its host."""
+    """Seconds per thread that this process has waited for a processor, or the machine for its host."""
     try:
         stats = [(entry / "schedstat").read_text() for entry in Path("/proc/self/task").iterdir()]
         delays = sum(int(stat.split()[1]) for stat in stats) / 1e9
@@ -119,11 +119,11 @@ def seconds_waited(n_threads: int) -> float:
 
 
 class Load(NamedTuple):
-    """Blocks of the models while they lie at one place in memory.
+    """Blocks of the models measured during one load.
 
     Attributes:
         times: seconds per token, [rounds, runs]
-        waited: share of a block in which its threads waited for a processor, the largest of each round, [rounds]
+        waited: share of its time that a block waited for a processor, the largest of each round, [rounds]
     """
 
     times: Seconds
@@ -131,7 +131,7 @@ class Load(NamedTuple):
 
     @property
     def quiet(self) -> Seconds:
-        """The times of the rounds that nothing disturbed."""
+        """The times of the undisturbed rounds."""
         return self.times[self.waited <= DISTURBED]
 
 
@@ -151,7 +151,7 @@ def take_turns(
         if not run.keep(context):
             fill(run, tokens, context)
         if batch > 1:
-            # a prompt comes after something else, so its graph is built for it; a token is decoded with the last one's graph
+            # a prompt follows other work, so its graph is built anew; a decoded token reuses the previous one's graph
             run.time(tokens[:1], 1)
             if not run.keep(context):
                 fill(run, tokens, context)
@@ -159,7 +159,7 @@ def take_turns(
         elapsed = run.time(np.resize(np.roll(tokens, -first), n), batch)
         return elapsed / n, (seconds_waited(n_threads) - before) / elapsed
 
-    # warm-up, which also tells how long a block takes
+    # warm-up, which also shows how long a block takes
     n = max(batch, BLOCK_TOKENS // batch * batch)
     for run in runs:
         block(run, n, 0)
@@ -181,10 +181,10 @@ def take_turns(
 
 
 def ratio(loads: Sequence[Seconds]) -> Ratio:
-    """The ratio that pairs of blocks [rounds] of several loads tell.
+    """The ratio from pairs of blocks [rounds] of several loads.
 
-    Blocks of one load share where it lies in memory, so the bootstrap draws loads. Of n of them it makes too little of their
-    spread, as a normal distribution does of Student's t: the interval is widened by that.
+    Blocks of one load share its place in memory, so the bootstrap draws loads. With n loads it underestimates their spread, and
+    a normal distribution is narrower than Student's t: the interval is widened by both factors.
     """
     n, rng = len(loads), np.random.default_rng(0)
     medians = np.array([np.median(pairs) for pairs in loads])
@@ -196,7 +196,7 @@ def ratio(loads: Sequence[Seconds]) -> Ratio:
 
 
 def forget(model: Source) -> None:
-    """Drop a model from the page cache, where the system lets us."""
+    """Drop a model from the page cache, where the system allows it."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in model.paths:
@@ -208,7 +208,7 @@ def forget(model: Source) -> None:
 
 
 def place_anew(model: Source) -> None:
-    """Let a model be in the page cache, but in other pages than before."""
+    """Read a model into the page cache again, into other pages than before."""
     forget(model)
     for path in model.paths:
         with path.open("rb") as file:

@@ -27,20 +27,21 @@ from gguf_firstlayer.text import count, log, to_json
 FAILURE = 2
 
 N_TOKENS = 4096
-# of a chunk of the text; its second half is scored, as llama-perplexity does
+# tokens of a chunk of the text; its second half is scored, as in llama-perplexity
 CHUNK = 512
 
-# of the source against itself: shows what any change of last bits does. Attention of so few tokens takes another kernel
+# batch size in which the source is compared with itself, which shows what any change in the last bits does: attention over
+# so few tokens uses another kernel
 OTHER_BATCH = 32
 
-# nats that tables may add to the mean KL divergence if the file does not say what its types were chosen for
+# nats that tables may add to the mean KL divergence if the file does not say for which bound its types were chosen
 MAX_KLD = 1e-2
 # standard errors by which a run may differ more than its tables explain
 CHANCE = 3
 
 N_ROWS = 64
-# relative error of a row: what other kernels make of a product with 8-bit activations, and how much more than the rounding
-# of the rows that were recomputed
+# allowed error of a row: relative to the row, for products with 8-bit activations in other kernels, plus relative to the
+# rounding error of the recomputed row
 ROW_ERROR, ROW_ROUNDING = 0.02, 1.5
 
 N_PROMPTS, PROMPT, GREEDY = 4, 24, 64
@@ -54,25 +55,25 @@ class Verification:
 
     Attributes:
         source, converted: files
-        problems: what is outside of bounds, as sentences; empty if nothing is
-        rows_checked: of the tables, recomputed from the source
-        rows_same: share of them that are the same bit for bit
+        problems: what is out of bounds, one sentence each; empty if nothing is
+        rows_checked: number of rows of the tables that were recomputed from the source
+        rows_same: share of them that are identical bit for bit
         sample: whether the text is the built-in sample
-        tokens: of the text
-        scored: of them, those whose distributions the figures below are about
-        logit_max, logit_rms: difference of logits
+        tokens: length of the text
+        scored: number of tokens whose distributions the figures below describe
+        logit_max, logit_rms: largest and RMS difference of logits
         kld, kld_error: mean KL divergence in nats, and its standard error
-        kld_median, kld_p99, kld_max: of the same
-        kld_floor: mean KL divergence of the source to itself in batches of another size
-        kld_added, kld_added_error: part of the tables in the divergence, and its standard error, over the first tokens of the
-            text, as `convert` measures it: with the errors of the tables enlarged, which sets them apart from noise
-        kld_bound: that these two together may reach
-        top1: share of the tokens for which the most probable next one is the same
-        perplexity_source, perplexity: of the text
+        kld_median, kld_p99, kld_max: median, 99th percentile and maximum of the KL divergence
+        kld_floor: mean KL divergence of the source from itself with another batch size
+        kld_added, kld_added_error: the tables' part of the KL divergence, and its standard error, over the first tokens of the
+            text, measured as in `convert`: with the errors of the tables enlarged, which separates them from noise
+        kld_bound: bound on the sum of these two
+        top1: share of the tokens whose most probable successor is the same
+        perplexity_source, perplexity: of the text, for the source and for the converted model
         perplexity_change, perplexity_change_error: their difference, and its standard error
-        greedy: for each of several prompts, the number of tokens of the continuation before the first that differs; None if
-            none does
-        greedy_tokens: of each continuation
+        greedy: for each of several prompts, how many tokens of the continuation are the same before the first that differs;
+            None if none does
+        greedy_tokens: length of each continuation
     """
 
     source: Path
@@ -115,15 +116,15 @@ def verify(
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
-        text: to run both over; a built-in sample by default
-        tokens: of the text, at most; N_TOKENS by default
+        text: the text to run both models over; a built-in sample by default
+        tokens: how many tokens of the text to use at most; N_TOKENS by default
 
     Raises:
         UsageError: the number of tokens is not positive.
-        FirstLayerError: a file cannot be read or run, or is not what it should be; the text is too short.
+        FirstLayerError: a file cannot be read or run, or is of the wrong kind; or the text is too short.
     """
     if tokens is not None and tokens < 1:
-        raise UsageError(f"{tokens} is no number of tokens")
+        raise UsageError(f"{tokens} is not a valid number of tokens; give at least 1")
     model, tables, files = open_pair(Path(source), Path(converted))
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
@@ -136,7 +137,7 @@ def verify(
             log.warning(
                 "the text has %s, not %s: give a longer one with %s", count(len(ids), "token"), f"{tokens:,}", option("text")
             )
-        begin = analysis.tokenize("")[:1]  # as the text has it, if the model wants one
+        begin = analysis.tokenize("")[:1]  # as in the text, if the model wants such a token
         n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
         added = _added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
@@ -198,10 +199,10 @@ def verify(
 
 
 def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: dict[str, Site]) -> list[str]:
-    """What shows that tables are of another model."""
+    """What shows that tables belong to another model."""
     unknown = [site.name for site in placed if site.recipe not in by_recipe or by_recipe[site.recipe].width != site.width]
     if unknown:
-        return [f"{', '.join(unknown)} of the converted file are computed otherwise in the source: it is of another model"]
+        return [f"{', '.join(unknown)} of the converted file are computed differently in the source: it is from another model"]
     prints = file_format.fingerprints(model, [by_recipe[site.recipe] for site in placed])
     changed = [site.name for site in placed if prints[site.recipe] != site.fingerprint]
     if changed:
@@ -212,7 +213,7 @@ def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe:
 def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArray[np.int32]:
     ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
     if not len(ids) and text:
-        raise FirstLayerError(f"the model has no tokenizer; leave {option('text')} out, for random tokens")
+        raise FirstLayerError(f"the model has no tokenizer; leave out {option('text')} to use random tokens")
     ids = ids[:n_max]
     if len(ids) < 4 * N_PROMPTS:
         raise FirstLayerError(f"{count(len(ids), 'token')} are too few to measure, {4 * N_PROMPTS} are needed; give more text")
@@ -253,9 +254,9 @@ def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) ->
                 allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounding, axis=1)
                 bad = ~(np.linalg.norm(back - exact[site.recipe], axis=1) <= allowed)
             if bad.any():
-                wrong.append(f"{site.name} of {bad.sum()} tokens, as of {tokens[bad][0]}")
+                wrong.append(f"{site.name} of {bad.sum()} tokens, such as {tokens[bad][0]}")
     if wrong:
-        problems.append(f"of {len(tokens)} rows recomputed, the tables hold others: {'; '.join(wrong)}; convert again")
+        problems.append(f"of {len(tokens)} rows recomputed, some differ from the tables: {'; '.join(wrong)}; convert again")
     return len(tokens), float(same.mean()), problems
 
 
@@ -278,7 +279,7 @@ def _added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int
 
 
 class _Scores:
-    """Figures of the tokens of a text, chunk by chunk."""
+    """Figures of the tokens of a text, collected chunk by chunk."""
 
     def __init__(self) -> None:
         self.klds: list[Floats] = []
@@ -296,7 +297,7 @@ class _Scores:
         converted: npt.NDArray[np.float32],
         following: npt.NDArray[np.int32],
     ) -> None:
-        """Logits F32 [n, vocabulary] of the source, again in batches of another size, and converted; the next tokens."""
+        """Add logits F32 [n, vocabulary] (source, source with another batch size, converted) and the tokens that follow."""
         difference = converted - source
         self.logit_max = max(self.logit_max, float(np.abs(difference).max()))
         self.logit_squares += float(np.square(difference, dtype=np.float64).sum())
@@ -313,7 +314,7 @@ class _Scores:
 
 
 def _logits(run: Decoder, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
-    """Logits of those tokens of a text that are scored, F32 [n, vocabulary]."""
+    """Logits of the scored tokens of a text, F32 [n, vocabulary]."""
     run.keep(0)
     first, done, parts = len(tokens) // 2, 0, []
     for logits in run.decode(tokens, n_batch):
@@ -344,7 +345,7 @@ def _mean(values: Floats) -> tuple[float, float]:
 
 
 def summary(result: Verification) -> str:
-    """The result as people read it."""
+    """The result as readable text."""
     if not result.scored:
         return "\n".join(result.problems)
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
@@ -357,7 +358,7 @@ def summary(result: Verification) -> str:
         f" 99 % {result.kld_p99:.1e}, max {result.kld_max:.1e}",
         f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes",
         f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats"
-        f" (bound of the sum {result.kld_bound:g})",
+        f" (bound on the sum {result.kld_bound:g})",
         f"most probable token the same: {result.top1:.2%}",
         f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
         f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
@@ -372,8 +373,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="to run both over (default: a built-in sample of a page)")
-    parser.add_argument("--tokens", type=int, metavar="N", help=f"of the text, at most (default: {N_TOKENS})")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")
+    parser.add_argument("--tokens", type=int, metavar="N", help=f"use at most N tokens of the text (default: {N_TOKENS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -384,7 +385,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             text = cast(str, args.text.read_text(encoding="utf-8"))
         except UnicodeDecodeError as err:
-            raise FirstLayerError(f"{args.text} is no text in UTF-8; give another with {option('text')}") from err
+            raise FirstLayerError(f"{args.text} is not a text in UTF-8; give another with {option('text')}") from err
         except OSError as err:
             raise FirstLayerError(f"{args.text} cannot be read: {err.strerror}") from err
     result = verify(args.source, args.converted, text=text, tokens=args.tokens)

@@ -20,7 +20,7 @@ from gguf_firstlayer.runtime import Analysis, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 
-# of rows in F32, computed before they are written
+# bytes of rows in F32 that are computed before they are written
 CHUNK_BYTES = 32 << 20
 
 
@@ -29,12 +29,12 @@ class Contents:
     """What an output holds.
 
     Attributes:
-        model: that it is made from
+        model: its source
         sites: with their places in the tables
-        tables: that are added
-        elided: weights that are left out
+        tables: those that are added
+        elided: weights elided from it
         kept: tensors of the source that are copied
-        is_sidecar: whether it has tables only
+        is_sidecar: whether it holds only tables
     """
 
     model: Source
@@ -48,7 +48,7 @@ class Contents:
 def lay_out(
     model: Source, analysis: Analysis, types: SiteTypes, elided: Iterable[str], keep_weights: bool, sidecar: bool
 ) -> Contents:
-    """Give every site its place, and every tensor of the source its fate."""
+    """Decide where each site is stored, and which tensors of the source are kept."""
     tables, placed = file_format.layout(list(types), types, analysis.n_vocab)
     fingerprints = file_format.fingerprints(model, list(types))
     sites = [
@@ -67,7 +67,7 @@ def lay_out(
 
 
 def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_format.Measurement | None) -> None:
-    """Write a file: the source's keys and ours, what is kept of its tensors, and the tables, which are computed meanwhile."""
+    """Write a file: the source's keys and ours, the tensors that are kept, and the tables, which are computed meanwhile."""
     model = contents.model
     writer = _Writer(model, contents.is_sidecar)
     origin = samples = None
@@ -125,7 +125,7 @@ class _Writer(GGUFWriter):
 
 
 def _samples(contents: Contents, analysis: Analysis) -> dict[str, bytes]:
-    """Some bytes of each weight that a sidecar replaces or was computed from, to tell the source by."""
+    """Some bytes of each weight that a sidecar replaces or was computed from, to recognise the source."""
     recipes = {site.recipe for site in contents.sites}
     names = {name for site in analysis.sites if site.recipe in recipes for name in site.weights}
     names |= {weight.name for weight in contents.elided}
@@ -136,10 +136,10 @@ def _samples(contents: Contents, analysis: Analysis) -> dict[str, bytes]:
 
 
 def split(path: Path, max_size: str) -> None:
-    """Replace a file by parts of it, with llama.cpp's own tool."""
+    """Replace a file by its parts, with llama.cpp's own tool."""
     tool = paths().get("gguf-split")
     if tool is None:
-        raise FirstLayerError("llama-gguf-split is not built, so the output cannot be split")
+        raise FirstLayerError("the output cannot be split without llama-gguf-split; build that target of llama.cpp")
     command: list[str | Path] = [tool, "--split", "--split-max-size", max_size, path, path.with_suffix("")]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:

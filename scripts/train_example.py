@@ -1,11 +1,11 @@
 """Trains a small language model with parallel blocks, the kind that gains most from tables, and writes it as GGUF.
 
-Run it as `.venv/bin/python scripts/train_example.py`. It takes an hour on two cores (`--minutes`), and learns from manuals and
-licences that are on every Debian-like system with Python: the language reference that `help()` shows, the documentation of
-the standard library, and /usr/share/common-licenses. What it writes reads like these, and means as much as 5 million
-parameters can.
+Run it as `.venv/bin/python scripts/train_example.py`. It takes an hour on two cores (`--minutes`). The model learns from
+manuals and licences that are on every Debian-like system with Python: the language reference that `help()` shows, the
+documentation of the standard library, and /usr/share/common-licenses. What it writes reads like these, and makes as much
+sense as 5 million parameters allow.
 
-The blocks are GPT-NeoX's: attention and network both read the block's input, position enters as RoPE. The file has 6 MB.
+The blocks are GPT-NeoX's: attention and FFN both read the block's input, and positions enter through RoPE. The file takes 6 MB.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ END = "<|endoftext|>"
 
 
 def documents() -> list[str]:
-    """The texts, in an order of their own."""
+    """The texts, in a fixed order."""
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     texts += [
         path.read_text(errors="replace") for path in sorted(Path("/usr/share/common-licenses").glob("*")) if path.is_file()
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.ffn_up, self.ffn_down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Of F32 [batch, tokens, WIDTH], with the cosines and sines of RoPE, F32 [tokens, size of a head]."""
+        """The output for F32 [batch, tokens, WIDTH], with the cosines and sines of RoPE, F32 [tokens, size of a head]."""
         n_batch, n, _ = x.shape
         heads = self.attn_qkv(self.attn_norm(x)).view(n_batch, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """All of it; names are those of GGUF."""
+    """The whole model; names are those of GGUF."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Model(nn.Module):
 
 
 def train(tokens: torch.Tensor, minutes: float) -> Model:
-    """Train for a time; the last hundredth of the tokens is only evaluated."""
+    """Train for some minutes; the last hundredth of the tokens is held out."""
     model = Model()
     split = len(tokens) * 99 // 100
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)

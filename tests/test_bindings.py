@@ -73,7 +73,7 @@ def test_it_is_the_module_itself():
             "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError(name)\nm.version = version",
             "is not installed",
         ),
-        ("import llama_cpp", "imported before"),
+        ("import llama_cpp", "already imported"),
         (
             "import gguf_firstlayer, sys\n"
             "paths = sys.modules['gguf_firstlayer.installation']\n"

@@ -82,7 +82,7 @@ def test_split_output(llama, llama_flp, tmp_path):
     again = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32", "--split-max-size", "1M")
     assert "exists; replace it with --force" in refusal(again)
     assert sorted(tmp_path.iterdir()) == parts
-    assert "no size of a part" in refusal(cli("convert", llama, "--split-max-size", "1T", "-o", tmp_path / "y.gguf"))
+    assert "not a size of parts" in refusal(cli("convert", llama, "--split-max-size", "1T", "-o", tmp_path / "y.gguf"))
 
 
 def test_bad_parts(llama, tmp_path):

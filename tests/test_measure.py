@@ -131,7 +131,7 @@ def test_wrong_rows_are_found(kind, llama, tmp_path):
     problems = verify(llama, wrong).problems
     assert len(problems) == 1
     assert "rows recomputed" in problems[0]
-    assert "as of 0" in problems[0]
+    assert "such as 0" in problems[0]
 
 
 def _table_type(path):
@@ -188,7 +188,7 @@ def test_verify_refuses(llama, llama_flp, tmp_path):
         ((llama_flp, llama_flp), "is itself converted"),
         ((llama, tmp_path / "none.gguf"), "cannot be read"),
         ((llama, llama_flp, "--tokens", 3), "too few"),
-        ((llama, llama_flp, "--tokens", -3), "no number of tokens"),
+        ((llama, llama_flp, "--tokens", -3), "not a valid number of tokens"),
         ((llama, llama_flp, "--text", binary), "UTF-8"),
         ((llama, llama_flp, "--text", tmp_path / "none"), "No such file"),
     ):
@@ -372,8 +372,8 @@ def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
     for arguments, words in (
         ((llama, llama), "is not converted"),
         ((smollm, llama_flp), "not converted from this source"),
-        ((llama, llama_flp, "--batch", "0"), "a token at least"),
-        ((llama, llama_flp, "--threads", "-1"), "no number of threads"),
+        ((llama, llama_flp, "--batch", "0"), "at least one token"),
+        ((llama, llama_flp, "--threads", "-1"), "not a valid number of threads"),
         ((llama, llama_flp, "--context", "2000000"), "is too long for a batch or a context"),
         ((llama, llama_flp, "--context", "1000000"), "has a context of"),
     ):

@@ -147,7 +147,7 @@ def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
 def test_refusals(llama, tmp_path):
     tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
     assert "already converted" in refusal(cli("convert", tables))
-    assert "not split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G"))
+    assert "cannot be split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G"))
     with pytest.raises(FirstLayerError, match="itself converted"):
         verify(tables, llama)
     assert json.loads(cli("inspect", tables, "--json").stdout)["sidecar"]

@@ -77,7 +77,7 @@ def test_fallback_is_llama_quantizes(kind, archs, tmp_path):
 
 def test_fallback_is_said(smollm, tmp_path):
     done = cli("convert", smollm, "-o", tmp_path / "x.gguf", "--type", "q6_k")
-    assert "Qcur-0: q8_0, as the blocks of the type wanted do not divide its width" in done.stdout
+    assert "Qcur-0: q8_0, as the blocks of the requested type do not divide its width" in done.stdout
     assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}
 
 
@@ -95,7 +95,7 @@ def test_values_that_a_type_cannot_hold(llama, tmp_path):
     large = rewrite(
         llama, tmp_path / "large.gguf", change_tensor=lambda name, data: data * np.float32(1e8) if "0.attn_k" in name else data
     )
-    with pytest.raises(FirstLayerError, match=r"hold values that f16 cannot: convert with a wider type, like f32"):
+    with pytest.raises(FirstLayerError, match=r"has values that f16 cannot hold; convert with a wider type, like f32"):
         convert(large, tmp_path / "x.gguf", type="f16")
     assert {path.name for path in tmp_path.iterdir()} == {"large.gguf"}
     assert convert(large, tmp_path / "x.gguf", type="f32").output.exists()
@@ -192,7 +192,7 @@ def test_bound_decides(max_kld, expected, smollm_f16, tmp_path):
 @pytest.mark.parametrize("bound", ["-1", "nan", "inf"])
 def test_bounds_that_are_none(bound, llama, tmp_path):
     done = cli("convert", llama, "-o", tmp_path / "x.gguf", f"--max-kld={bound}")
-    assert "is no bound on the KL divergence" in refusal(done)
+    assert "is not a bound on the KL divergence" in refusal(done)
 
 
 def test_sites_have_types_of_their_own(archs, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What conversion does to each architecture, and docs/architectures.md, which tells it."""
+"""What conversion does to each architecture: writes docs/architectures.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = Path(__file__).with_name("architectures.md").read_text(encoding="utf-8")
 
 @dataclass
 class Row:
-    """What the table says of a model; `reason` if it cannot be converted."""
+    """A model's row in the table; with a `reason` if it cannot be converted."""
 
     name: str
     sites: str = ""
@@ -38,15 +38,15 @@ class Row:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Median over the tokens of the RMS difference: in mixtures of experts a rounding that changes a route has no bound."""
+    """Median over the tokens of the RMS difference: in a mixture of experts, rounding that changes a route has no bound."""
     square = np.square(a.astype(np.float64) - b)
     return float(np.median(np.sqrt(square.mean(axis=1))))
 
 
 def differences(source: Path, converted: Path, batches: list[int]) -> dict[int, float]:
-    """Largest difference of the outputs per batch size, under the exactness rule: the stock library's bit for bit in batches
-    of the last size, for which it uses the kernels that rows are computed with; in others no further from them than they are
-    from themselves between batch sizes, within sampling noise.
+    """Largest difference of the outputs per batch size, after checking the exactness rule: outputs equal the stock library's
+    bit for bit in batches of the last size, for which it uses the kernels that compute the rows; in others, they differ by no
+    more than the stock library's own outputs do between batch sizes, within sampling noise.
     """
     job = {"run": "outputs", "tokens": {"count": 100, "seed": 1}, "batches": [*batches, "parallel"]}
     # llama.cpp cannot build plm's graph with flash attention
@@ -57,7 +57,7 @@ def differences(source: Path, converted: Path, batches: list[int]) -> dict[int, 
     ]
     (stock, ours), *nodes = compare(source, converted, job, *graphs)
     assert np.isfinite(stock[batches[0]]).all(), "the model's output is not finite"
-    assert np.unique(stock[batches[0]], axis=0).shape[0] > 50, "a model whose output hardly depends on the tokens shows nothing"
+    assert np.unique(stock[batches[0]], axis=0).shape[0] > 50, "the output hardly depends on the tokens, so it shows nothing"
 
     assert np.array_equal(stock[batches[-1]], ours[batches[-1]])
     others = [stock["parallel"]] if stock["parallel"] is not None else [stock[size] for size in batches]
@@ -70,8 +70,8 @@ def differences(source: Path, converted: Path, batches: list[int]) -> dict[int, 
 
 
 def check_operations(stock: list[Any], ours: list[Any]) -> None:
-    """A rewritten graph has the stock graph's operations with the same types, and lookups in tables, views and copies of F32:
-    so whatever device can run the one can run the other.
+    """Check that a rewritten graph has only the stock graph's operations with the same types, and lookups in tables, views and
+    copies of F32, so that every device that can run the one can run the other.
     """
     known = {(operation, types) for operation, _, _, types in stock} | {("CONT", (F32, F32))}
     for operation, name, operands, types in ours:

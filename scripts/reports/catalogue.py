@@ -1,7 +1,7 @@
 """Published shapes of well-known language models, as GGUF hyperparameters, and header-only GGUF files of them.
 
-llama.cpp itself tells which tensors a model of these hyperparameters has, as in tests/support/random_models.py; kept here is
-which of the optional ones the real model lacks, and the published number of parameters, which their sum has to reproduce.
+llama.cpp itself lists the tensors of a model with these hyperparameters, as in tests/support/random_models.py. This file adds
+which optional ones the real model lacks, and the published number of parameters, which their sum must reproduce.
 
     python scripts/reports/catalogue.py FOLDER Q4_K             checks the sums, and writes all headers
     python scripts/reports/catalogue.py NAME OUT.gguf Q4_K      writes one of the models, with random weights
@@ -28,17 +28,17 @@ from gguf_firstlayer.runtime import library
 
 Keys = dict[str, Value]
 
-# Relative differences: exact numbers may lack a few scalars (xIELU's), rounded ones are right to two or three digits.
+# Relative differences: exact numbers may lack a few scalars (xIELU's); rounded ones are correct to two or three digits.
 EXACT = 1e-7
 ROUNDED = 6e-3
 
-# what is read from almost every file; no shape depends on it
+# keys that almost every architecture reads; no shape depends on them
 DEFAULTS: Keys = {"attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": 1e-5}
 
-# llama.cpp accepts three projections, but files of these architectures have them as one
+# llama.cpp accepts three projections, but files of these architectures have one fused projection
 FUSED = {"phi3", "chatglm"}
 
-# What the converter adds is not counted: factors of RoPE, and in RWKV 7's first layer matrices that only later ones need.
+# Not counted, since the converter adds them: RoPE factors, and in RWKV 7's first layer, matrices that only later layers need.
 DERIVED = re.compile(r"^(blk\.\d+\.)?rope_(freqs|factors_(long|short))\.|^blk\.0\.time_mix_v[012]\.")
 
 # factors of quantized weights; only Gemma 4's experts have real ones
@@ -75,17 +75,17 @@ class Entry:
 
     @property
     def tolerance(self) -> float:
-        """The relative difference between `parameters` and the sum of the tensors that is still right."""
+        """The accepted relative difference between `parameters` and the sum of the tensors."""
         return EXACT if isinstance(self.parameters, int) else ROUNDED
 
 
 def _metadata(entry: Entry) -> Keys:
-    # without a list of tokens: they would be most of the file
+    # without a list of tokens, which would be most of the file
     return DEFAULTS | entry.keys | {"tokenizer.ggml.model": "no_vocab"}
 
 
 def _write(path: Path, entry: Entry, shapes: dict[str, Shape], kind: gguf.GGMLQuantizationType) -> int:
-    """Write all of a file but its data, and return the size that it would have with them."""
+    """Write a file without its data, and return the size that it would have with them."""
     writer = gguf.GGUFWriter(path, entry.arch)
     writer.add_name(entry.name)
     add_keys(writer, entry.arch, _metadata(entry))
@@ -122,8 +122,8 @@ def storage(tensor: str, shape: Shape, kind: gguf.GGMLQuantizationType) -> gguf.
 def _created(path: Path) -> dict[str, Shape]:
     """The tensors that llama.cpp can use with the metadata of a file, without memory for them.
 
-    It calls back for tensors that it wants the data of only. So its list of them is read, which its own tests read too: a C++
-    `std::vector<std::pair<std::string, ggml_tensor *>>`, as the system's C++ library lays it out on 64 bits.
+    Its callback covers only tensors whose data it wants. So this reads its list of all tensors, as its own tests do: a C++
+    `std::vector<std::pair<std::string, ggml_tensor *>>`, in the 64-bit layout of the system's C++ library.
     """
     metadata = ggml("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, InitParams)(
         str(path).encode(), InitParams(no_alloc=True)
@@ -131,13 +131,13 @@ def _created(path: Path) -> dict[str, Shape]:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     params.no_alloc = True
-    # the default leaves out the layers that predict further tokens, which real files have
+    # the default leaves out the MTP layers, which real files have
     params.load_mtp = True
     model = llama_cpp.llama_model_init_from_user(metadata, llama_cpp.llama_model_set_tensor_data_t(), None, params)
     if not model:
-        raise RuntimeError(f"llama.cpp makes no model of {path.name}")
+        raise RuntimeError(f"llama.cpp cannot make a model of {path.name}")
 
-    # libc++, and libstdc++: the name of the function, and the bytes that a string takes, after which comes the pointer
+    # libc++ and libstdc++ differ in the name of the function, and in the size of a string, which the pointer follows
     tag, size = ("", 24) if sys.platform == "darwin" else ("B5cxx11", 32)
     get_list = ggml(f"_Z29llama_internal_get_tensor_map{tag}PK11llama_model", ctypes.POINTER(ctypes.c_size_t), ctypes.c_void_p)
     begin, end, _ = get_list(model)[:3]
@@ -163,11 +163,11 @@ def _tensors(entry: Entry) -> dict[str, Shape]:
     for tensor, shape in created.items():
         layer, _, part = tensor.partition(".ffn_")
         if not _wanted(entry, tensor):
-            # llama.cpp looks for a router first: a layer that has none has a single network of the experts' size
+            # llama.cpp looks for a router first: a layer without one has a single FFN of the experts' size
             if re.fullmatch(r"(gate|up|down)_exps\.weight", part):
                 shapes[tensor.replace("_exps", "")] = shape[1:]
         elif part == "gate_up_exps.weight" and entry.arch != "gemma4":
-            # llama.cpp accepts both halves as one, but its converter does not write them like that
+            # llama.cpp accepts both halves as one, but its converter writes them separately
             experts, rows, width = shape
             shapes |= {f"{layer}.ffn_{half}_exps.weight": (experts, rows // 2, width) for half in ("gate", "up")}
         else:
@@ -179,18 +179,18 @@ _known: dict[str, dict[str, Shape]] = {}
 
 
 def tensors(entry: Entry) -> dict[str, Shape]:
-    """The tensors of a model by their names in GGUF files; the shapes are in numpy's order."""
+    """The shapes of a model's tensors by their names in GGUF files, in numpy's order."""
     if entry.name not in _known:
         _known[entry.name] = _tensors(entry)
     return dict(_known[entry.name])
 
 
 def write_header(entry: Entry, path: Path, kind: gguf.GGMLQuantizationType) -> int:
-    """Write a GGUF file that ends where its data would begin.
+    """Write a GGUF file that ends where its tensor data would begin.
 
     Args:
         entry: the model
-        path: of the file
+        path: the file to write
         kind: type of the matrices
 
     Returns:
@@ -219,7 +219,7 @@ def write_model(entry: Entry, path: Path, kind: gguf.GGMLQuantizationType) -> No
                     data[stored] = library().quantize(sample, stored).tobytes()
                 block, size = gguf.GGML_QUANT_SIZES[stored]
                 length = math.prod(shape) // block * size
-                # not the same place of the sample each time, or all tensors would be the same
+                # from another place in the sample each time, or all tensors would be the same
                 start = rng.integers(0, 4096) * (256 // block * size)
                 values = (data[stored][start:] + data[stored] * (length // len(data[stored]) + 1))[:length]
             file.write(values)

@@ -1,4 +1,4 @@
-"""What first-layer tables would gain for published models, and docs/gains.md, which tells it."""
+"""What first-layer tables would gain for published models: writes docs/gains.md."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def plan_of(path: Path) -> tuple[Plan, int]:
 
 
 def count_text(n: float) -> str:
-    """A number of parameters as people read it."""
+    """A number of parameters as readable text."""
     return f"{n / 1e9:,.1f} B" if n >= 1e9 else f"{n / 1e6:,.1f} M"
 
 
 def row(plan: Plan, layers: int) -> str:
-    """Its row in the table."""
+    """A plan's row in the table."""
     name = plan.name.removesuffix(".gguf")
     stored = sum(site.width for site in plan.sites)
     device = f"-{size_text(-plan.accelerator_change)}"
@@ -68,7 +68,7 @@ def row(plan: Plan, layers: int) -> str:
 
 
 def page(paths: Iterable[Path]) -> str:
-    """The text of docs/gains.md, of some headers."""
+    """The text of docs/gains.md, from headers of models."""
     plans = [plan_of(path) for path in paths]
     plans.sort(key=lambda item: -item[0].decode_bound)
     head = HEAD.format(count=len(plans), matrices=MATRICES, tables=TABLES)

@@ -1,4 +1,4 @@
-"""What tables of the most used tokens only would cost and hit: docs/hot-rows.md."""
+"""What tables of only the most used tokens would cost, and how often they would be hit: docs/hot-rows.md."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batches(tokens: np.ndarray, size: int) -> np.ndarray:
 
 
 def hit(tokens: np.ndarray, hot: np.ndarray, size: int) -> float:
-    """Share of batches of consecutive tokens that are all hot."""
+    """Share of batches of consecutive tokens in which every token is hot."""
     return float(np.isin(batches(tokens, size), hot).all(axis=1).mean())
 
 
@@ -81,7 +81,7 @@ def distinct(kinds: dict[str, np.ndarray], n_vocab: int) -> list[str]:
 
 
 def hits(kinds: dict[str, np.ndarray], n_vocab: int) -> dict[str, dict[int, dict[int, float]]]:
-    """Mean shares by ranking, number of rows and batch size."""
+    """Mean shares of batches that are all hot, by ranking, number of rows and batch size."""
 
     def held_out(tokens: np.ndarray) -> np.ndarray:
         return tokens[len(tokens) // 2 :]
@@ -111,7 +111,7 @@ def hits(kinds: dict[str, np.ndarray], n_vocab: int) -> dict[str, dict[int, dict
 
 
 def rebuild(pairs: int) -> str:
-    """Time of decoding with a new graph for each token, relative to one that is reused."""
+    """Time of decoding with a new graph for each token, relative to decoding with a reused one."""
     model = worker.Model(str(MODEL))
     contexts = []
     for disabled in ("0", "1"):

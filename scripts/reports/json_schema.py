@@ -25,7 +25,7 @@ INTRODUCTION = Path(__file__).with_name("json_schema.md").read_text(encoding="ut
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """What the docstring says of each attribute."""
+    """What the docstring says about each attribute."""
     section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
     found: dict[str, str] = {}
     for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8}.+)*)", section, re.MULTILINE):
@@ -35,7 +35,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def type_text(kind: object) -> tuple[str, list[type]]:
-    """A type as JSON has it, and the classes in it."""
+    """A type in terms of JSON, and the classes in it."""
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
     if arguments:

@@ -1,7 +1,7 @@
 """Measures what first-layer tables gain on this machine, and writes docs/study.md, its plots and docs/study.json.
 
-Each measurement is kept in build/study/measured.json as soon as it is made, so that an interrupted study goes on where it
-was. Delete the folder to measure all anew.
+Each measurement is saved in build/study/measured.json at once, so that an interrupted study can be resumed. Delete the
+folder to measure everything again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def known() -> dict[str, Result]:
 
 
 def measure(key: str, function: Callable[[], Result]) -> Result:
-    """The result of a measurement, which is not repeated."""
+    """The result of a measurement, which is made only once."""
     results = known()
     if key not in results:
         started = time.monotonic()
@@ -112,7 +112,7 @@ def synthetic(layers: int, width: int, vocab: int, parallel: bool) -> Entry:
 
 @contextmanager
 def converted(entry: Entry, kind: Type = Type.Q4_K, table: str = "q8_0") -> Iterator[tuple[Path, Path]]:
-    """A model with random weights and its conversion, which are deleted again."""
+    """A model with random weights and its conversion; both are deleted afterwards."""
     source = FOLDER / f"{entry.name}.gguf"
     output = source.with_name(f"{entry.name}-{table}.gguf")
     try:
@@ -143,7 +143,8 @@ def fading() -> Result:
 class Driver:
     """A model on one libllama, driven like `Decoder` but through llama-cpp-python's declarations of llama.h.
 
-    The stock library has no `Decoder`. Both are loaded into this process, where they share one ggml: the patch leaves it alone.
+    The stock library has no `Decoder`. Both libraries are loaded into this process, where they share one ggml, which the patch
+    does not change.
     """
 
     def __init__(self, library: ctypes.CDLL, path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
@@ -250,7 +251,7 @@ def table_type(kind: str) -> Result:
 
 
 def conversion(name: str) -> Result:
-    """Tokens per second of a conversion, and of the first layer's prefill: a model of this layer alone, without its head."""
+    """Tokens per second of a conversion, and of the first layer's prefill, from a model of this layer alone."""
     entry = CATALOGUE[name]
     first = dataclasses.replace(entry, name=f"{name}-first", keys=entry.keys | {"block_count": 1})
     source = FOLDER / f"{first.name}.gguf"
@@ -272,7 +273,7 @@ def conversion(name: str) -> Result:
 
 
 def draft() -> Result:
-    """A server that drafts with the first layers of its own model, before and after the draft is converted."""
+    """Speed of a server that drafts with the first layers of its own model, before and after the draft is converted."""
     target = ROOT / "models" / f"{REAL[0]}.gguf"
     dropped = {f"blk.{i}." for i in range(DRAFT_LAYERS, 30)}
     gone = frozenset(name for name in Source(target).tensors if name[: name.find(".", 4) + 1] in dropped)
@@ -320,7 +321,7 @@ def draft() -> Result:
 
 
 def counts(pair: tuple[Path, Path]) -> Result:
-    """Instructions and bytes of a decoded token, before and after, against the plan."""
+    """Instructions and bytes per decoded token, before and after conversion, compared with the plan."""
     outline = of_file(pair[0])
     plan = estimate(outline, {site: fitting(Type.Q8_0, site.width) for site in outline.sites})
     total = sum(outline.products(use) for use in outline.uses)
@@ -361,7 +362,7 @@ def machine() -> Result:
 
 
 def all_measurements() -> dict[str, Callable[[], Result]]:
-    """In the order in which they are made."""
+    """All measurements, in the order in which they are made."""
     wanted: dict[str, Callable[[], Result]] = {"machine": machine}
     for name in REAL:
         wanted[f"real {name}"] = lambda name=name: real(name)

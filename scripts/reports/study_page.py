@@ -1,4 +1,4 @@
-"""docs/study.md and its plots, from docs/study.json: `scripts/docs study --draw` draws them anew without measuring."""
+"""docs/study.md and its plots, from docs/study.json: `scripts/docs study --draw` draws them again without measuring."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Result = dict[str, Any]
 
 
 def synthetic_name(layers: int, width: int, vocab: int, parallel: bool) -> str:
-    """Of a Pythia or a Llama of any size."""
+    """Name of a Pythia or a Llama of any size."""
     return f"{'parallel' if parallel else 'serial'}-{layers}x{width}-{vocab}"
 
 
@@ -60,7 +60,7 @@ def cells(results: dict[str, Result], prefix: str) -> Iterator[tuple[str, Result
 
 
 def overview(results: dict[str, Result]) -> str:
-    """How the targets are met, of all cells."""
+    """How well all cells meet the targets."""
     found = [cell for prefix in ("real", "shape", "type", "depth") for _, cell in cells(results, prefix)]
     found += results["fading"]["cells"]
     limits = [cell["of_limit"] for cell in found]

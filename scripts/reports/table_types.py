@@ -19,7 +19,7 @@ SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_KLD = 1e-4
 LOWEST = 1e-6  # in the plot
 
-# all of llama-quantize's that need no importance matrix, from F16 to Q2_K
+# all types of llama-quantize that need no importance matrix, from F16 to Q2_K
 MODELS = (
     *("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
     *("IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K"),
@@ -30,7 +30,7 @@ PAGE = Path(__file__).with_name("table_types.md").read_text(encoding="utf-8")
 
 
 def quantized(folder: Path, kind: str) -> Path:
-    """The model in another quantization; from Q4_1 to F16 and on."""
+    """The model in another quantization, requantized from Q4_1 through F16."""
     path, base = folder / f"{kind}.gguf", folder / "F16.gguf"
     for source, target, name in ((SOURCE, base, "F16"), (base, path, kind)):
         if not target.exists():
@@ -40,7 +40,7 @@ def quantized(folder: Path, kind: str) -> Path:
 
 
 def study(path: Path) -> tuple[float, dict[str, float], dict[str, str], int, Measurement]:
-    """Of a model: floor, KLD that tables of each type add, auto's types by site, size of its tables, its measurement."""
+    """For a model: floor, KLD that tables of each type add, and auto's types by site, size of tables and measurement."""
     with Analysis(path) as analysis, auto.Effects(path, analysis) as effects:
         added = {}
         for name in TABLES:
@@ -53,7 +53,7 @@ def study(path: Path) -> tuple[float, dict[str, float], dict[str, str], int, Mea
 
 
 def sizes(path: Path) -> dict[str, int]:
-    """Bytes of tables of each type."""
+    """Bytes of the tables, by type."""
     with Analysis(path) as analysis:
         return {
             name: sum(

@@ -1,1 +1,1 @@
-"""What tests, and the reports in scripts/reports, share."""
+"""What the tests and the reports in scripts/reports share."""

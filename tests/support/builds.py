@@ -17,7 +17,7 @@ import numpy as np
 
 from gguf_firstlayer import paths
 
-# tools compute on the processor unless a test says otherwise: devices round otherwise, which exactness is not about
+# tools run on the CPU unless a test says otherwise: devices round differently, which the tests of exactness are not about
 os.environ |= {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_N_GPU_LAYERS": "0", "LLAMA_ARG_N_GPU_LAYERS_DRAFT": "0"}
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
-    """Results of the jobs of worker.py on a build of llama.cpp, in a process of its own."""
+    """Results of jobs of worker.py on a build of llama.cpp, in a separate process."""
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
     with tempfile.NamedTemporaryFile(suffix=".pickle") as out:
         command = [sys.executable, str(WORKER), out.name]

@@ -18,7 +18,7 @@ def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence that a run was refused with; before it, there may be what it was about to do."""
+    """The one sentence with which a run was refused; it may follow lines about what the run was going to do."""
     assert done.returncode in (1, 2), done
     assert done.stdout == ""
     assert "Traceback" not in done.stderr

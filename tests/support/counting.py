@@ -1,4 +1,4 @@
-"""What decoding takes, counted instead of timed: instructions, and bytes of a model's file that are read. Linux on x86-64."""
+"""The cost of decoding, counted instead of timed: instructions, and bytes read from a model's file. Linux on x86-64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from gguf_firstlayer.decoder import Decoder
 
-# valgrind knows no AVX-512, which the other builds use where there is some
+# valgrind does not support AVX-512, which the other builds use where available
 COUNTED = Path(__file__).resolve().parent.parent.parent / "build" / "counted" / "bin"
 TOKENS = (2, 6)
 
@@ -44,9 +44,9 @@ def can_count() -> bool:
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes of a file that decoding a token reads, in whole pages.
+    """Bytes of a file that are read to decode a token, in whole pages.
 
-    Linux marks pages that are accessed (`/proc/PID/clear_refs`). Not for types whose weights llama.cpp copies to repack them.
+    Linux marks pages that are accessed (`/proc/PID/clear_refs`). Not for types that llama.cpp repacks into memory.
     """
     done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True, check=True)
     return int(done.stdout)
@@ -69,11 +69,11 @@ def main() -> None:
         if len(sys.argv) > 2:
             run.time([7] * int(sys.argv[2]), 1)
             return
-        # pages that are mapped for the first time would be marked with their neighbours
+        # pages that are mapped for the first time would be marked together with their neighbours
         run.time([7], 1)
         run.keep(0)
         Path("/proc/self/clear_refs").write_text("1")
-        np.ones(1 << 26)  # the processor marks no page again whose address it remembers
+        np.ones(1 << 26)  # evicts the processor's TLB: it does not mark pages again whose addresses it still holds
         run.time([7], 1)
         print(_referenced(path))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# printed after the results: figures that a test measured
+# figures that tests measured, printed after the results
 REPORT: list[str] = []
 
 

@@ -1,4 +1,4 @@
-"""Models for tests: converted, changed, and tiny ones of every architecture."""
+"""Models for tests: converted ones, changed ones, and tiny ones of every architecture."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from support.builds import ROOT, STOCK
 
 
 def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
-    """Convert a model without measuring it."""
+    """Convert a model without choosing types by measurement."""
     return gguf_firstlayer.convert(source, output, type=type, **options)
 
 
 def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset()) -> Path:
-    """Copy a GGUF file, changing values of keys and tensors: the callbacks get name and value and return the new value.
+    """Copy a GGUF file, changing values of keys and tensors: the callbacks take a name and a value and return the new value.
 
     change_type: ggml type of the bytes that `change_tensor` returns instead of numbers
     """
@@ -34,7 +34,7 @@ def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, cha
             continue
         value = field.contents()
         if value == []:
-            continue  # GGUFWriter has no empty arrays
+            continue  # GGUFWriter cannot write empty arrays
         value = change_key(name, value) if change_key else value
         writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:

@@ -1,10 +1,10 @@
 """Tiny random GGUF models of the architectures that llama.cpp's own ``test-llama-archs -o`` leaves out.
 
-llama.cpp tells by itself which tensors a model has: ``llama_model_init_from_user`` makes a model from metadata alone and
-calls back for each tensor, optional ones included. So the tables below hold hyperparameters only, and which of the
-optional tensors to leave out.
+llama.cpp itself reports which tensors a model has: ``llama_model_init_from_user`` makes a model from metadata alone and calls
+back for each tensor, including optional ones. So the tables below hold only hyperparameters, and the optional tensors to
+leave out.
 
-The module needs llama-cpp-python (any build of llama.cpp can be chosen with LLAMA_CPP_LIB_PATH), gguf and numpy.
+The module needs llama-cpp-python (on any build of llama.cpp, see LLAMA_CPP_LIB_PATH), gguf and numpy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FF = 192
 HEADS = 4
 LAYERS = 3
 
-# what almost every architecture reads; the names are relative to "<arch>."
+# keys that almost every architecture reads; the names are relative to "<arch>."
 DEFAULTS: dict[str, Value] = {
     "vocab_size": VOCAB,
     "context_length": 256,
@@ -56,8 +56,8 @@ EXPERTS: dict[str, Value] = {
     "leading_dense_block_count": 1,
 }
 
-# Head count 0 is how real RWKV models say "no attention". Their head size is 64, and smaller ones give wrong results:
-# ggml's wkv7 operator takes whole vectors of up to 64 elements without regard for the end of a head.
+# Head count 0 is how real RWKV models say "no attention". Their head size is 64; smaller ones give wrong results,
+# since ggml's wkv7 operator processes whole vectors of up to 64 elements, even beyond the end of a head.
 RWKV: dict[str, Value] = {"attention.head_count": 0, "wkv.head_size": 64}
 RWKV6: dict[str, Value] = RWKV | {"time_mix_extra_dim": 16, "time_decay_extra_dim": 32, "rescale_every_n_layers": 2}
 RWKV7: dict[str, Value] = RWKV | {
@@ -96,7 +96,7 @@ MODELS: dict[str, dict[str, Value]] = {
     # the graph overwrites the logits of 8192 image tokens
     "chameleon-dense": {"vocab_size": 8320},
     "deepseek2-ocr-moe": EXPERTS,
-    # drafts: with embeddings and output of their own, they run without the model they draft for
+    # draft models: with their own embeddings and output, they run without their target model
     "dflash-dense": {"target_layers": [0, 1, 2], "attention.key_length": 32, "attention.value_length": 32},
     "eagle3-dense": {"block_count": 1, "target_layers": [0, 1, 2], "target_hidden_size": EMBD},
     "eurobert-dense": ENCODER,
@@ -112,7 +112,7 @@ MODELS: dict[str, dict[str, Value]] = {
         "dense_3_feat_in": 2 * EMBD,
         "dense_3_feat_out": EMBD,
     },
-    # 20 layers have keys and values of their own (fixed in llama.cpp), the rest, local and global, reuse them
+    # 20 layers have keys and values of their own (hard-coded in llama.cpp); the others, local and global, reuse those
     "gemma3n-dense": {
         "block_count": 25,
         "embedding_length": 64,
@@ -124,7 +124,7 @@ MODELS: dict[str, dict[str, Value]] = {
         "attention.sliding_window": 16,
         "attention.sliding_window_pattern": 5,
     },
-    # the last half of the layers reuses the keys and values of the last local and the last global one before
+    # the second half of the layers reuses the keys and values of the last local and the last global layer before it
     "gemma4-dense": GEMMA4 | {"attention.shared_kv_layers": 3},
     "gemma4-moe": GEMMA4 | EXPERTS | {"embedding_length_per_layer_input": 0},
     "graniteswitch-dense": {
@@ -182,7 +182,7 @@ MODELS: dict[str, dict[str, Value]] = {
     },
 }
 
-# Optional tensors that real models do not have: no match is written.
+# Optional tensors that real models lack: those that match are not written.
 QKV_BIAS = r"attn_[qkv]\.bias"
 NO_BIAS = r"(attn|ffn)_\w+\.bias"
 WITHOUT: dict[str, str] = {
@@ -208,10 +208,10 @@ WITHOUT: dict[str, str] = {
     "nomic-bert-dense": r"(attn_[qkv]|attn_output|ffn_\w+)\.bias",
     # the five mixing vectors are stored as one
     "rwkv6-dense": r"time_mix_lerp_[wkvrg]\.",
-    # its absence selects gated linear attention
+    # without it, llama.cpp selects gated linear attention
     "rwkv6qwen2-dense": r"time_mix_first|output_norm\.bias",
     "step35-moe": QKV_BIAS + r"|blk\.0\.(ffn_gate_inp|ffn_\w+exps?\.|exp_probs)|blk\.[12]\.ffn_(gate|up|down)\.weight",
-    # relative positions are those of the first layer
+    # all layers use the relative positions of the first
     "t5-dense": r"blk\.[12]\.attn_rel_b",
     "t5encoder-dense": r"blk\.[12]\.attn_rel_b|^output\.",
 }
@@ -239,7 +239,7 @@ class InitParams(ctypes.Structure):
 
 
 def ggml(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the ggml library that llama-cpp-python has loaded; its bindings have only llama.cpp's."""
+    """A function of the ggml library that llama-cpp-python has loaded; its bindings cover only llama.cpp's functions."""
     function = llama_cpp.llama_cpp._lib[name]
     function.restype, function.argtypes = result, arguments
     return function
@@ -281,7 +281,7 @@ def _write(path: Path, name: str, tensors: dict[str, NDArray[Any]]) -> None:
 
 
 def name_and_shape(tensor: int) -> tuple[str, Shape]:
-    """Of the tensor at an address; the shape is in numpy's order."""
+    """Name and shape of the tensor at an address; the shape is in numpy's order."""
     ne = list(Tensor.from_address(tensor).ne)
     while len(ne) > 1 and ne[-1] == 1:
         ne.pop()
@@ -289,7 +289,7 @@ def name_and_shape(tensor: int) -> tuple[str, Shape]:
 
 
 def _shapes(path: Path) -> dict[str, Shape]:
-    """The tensors that llama.cpp can use with the metadata of a file; the shapes are in numpy's order."""
+    """The shapes of the tensors that llama.cpp can use with the metadata of a file, in numpy's order."""
     shapes: dict[str, Shape] = {}
 
     def collect(tensor: int, _: int | None) -> None:
@@ -304,7 +304,7 @@ def _shapes(path: Path) -> dict[str, Shape]:
     callback = llama_cpp.llama_model_set_tensor_data_t(collect)
     model = llama_cpp.llama_model_init_from_user(metadata, callback, None, params)
     if not model:
-        raise RuntimeError(f"llama.cpp makes no model of {path.name}")
+        raise RuntimeError(f"llama.cpp cannot make a model of {path.name}")
     llama_cpp.llama_model_free(model)
     ggml("gguf_free", None, ctypes.c_void_p)(metadata)
     return shapes
@@ -318,7 +318,7 @@ def _wanted(name: str, tensor: str) -> bool:
 
 
 def fuse(shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """Queries, keys and values from one tensor."""
+    """Fuse queries, keys and values into one tensor."""
     fused: dict[str, Shape] = {}
     for tensor, (rows, *rest) in shapes.items():
         target = re.sub(r"attn_[qkv]\.", "attn_qkv.", tensor)
@@ -339,7 +339,7 @@ def _data(tensor: str, shape: Shape) -> NDArray[Any]:
         # kernels of convolutions: [out, in, width]; ggml's operator wants them in F16
         deviation, dtype = (shape[-1] * shape[-2]) ** -0.5, "float16"
     elif len(shape) > 1 and not tensor.endswith("bias"):
-        deviation = shape[-1] ** -0.5  # keeps the magnitude of what is multiplied
+        deviation = shape[-1] ** -0.5  # keeps the magnitude of what the matrix multiplies
     normal = np.random.default_rng(zlib.crc32(tensor.encode())).standard_normal(shape)
     return (mean + deviation * normal).astype(dtype)
 

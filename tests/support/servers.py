@@ -20,7 +20,7 @@ from support.builds import PATCHED, ROOT
 
 
 def free_port() -> int:
-    """A port on the loopback device that nobody listens to."""
+    """A port on the loopback device on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -30,11 +30,11 @@ def free_port() -> int:
 def serving(
     command: list[object], is_up: Callable[[], object], not_yet: tuple[type[Exception], ...], **options: Any
 ) -> Iterator[None]:
-    """A server, from when it answers to the end of the context.
+    """Run a server during the context, which begins once the server answers.
 
     Args:
-        is_up: asks it something
-        not_yet: what that raises while the server is not listening, or loads its model
+        is_up: sends it a request
+        not_yet: what that raises while the server does not listen yet, or loads its model
     """
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([*map(str, command)], **quiet, **options) as process:

@@ -60,7 +60,7 @@ class Model:
             self.overrides[0].value.val_str = sidecar.encode()
             params.kv_overrides = self.overrides
         if "n_gpu_layers" not in options:
-            self.no_device = (ctypes.c_void_p * 1)(None)  # it would also be lent large products of layers on the processor
+            self.no_device = (ctypes.c_void_p * 1)(None)  # a device would also get large products of layers on the CPU
             params.devices = ctypes.cast(self.no_device, ctypes.c_void_p)
         for key, value in options.items():
             setattr(params, key, value)
@@ -84,7 +84,7 @@ class Model:
         return context
 
     def tokens(self, spec):
-        """Token ids: given, random ([count, seed]), or of a text."""
+        """Token ids: as given, random (count, seed), or of a text."""
         if isinstance(spec, str):
             text = spec.encode()
             ids = (llama_cpp.llama_token * (len(text) + 8))()
@@ -125,7 +125,7 @@ def logits(job):
     model = Model(job["model"], **job.get("load", {}))
     tokens = model.tokens(job["tokens"])
     results = {}
-    # the default, F16, is coarser than other implementations
+    # the default, F16, is less precise than in other implementations
     cache = {"type_k": 0, "type_v": 0, "flash_attn_type": 0} if job.get("f32_cache") else {}
     for size in job["batches"]:
         context = model.context(**{"flash_attn_type": job.get("flash_attn", -1)} | cache)
@@ -147,9 +147,9 @@ def logits(job):
 
 
 def entry(model):
-    """How a model is run: whether it gives vectors instead of logits, and whether it decodes what it has encoded before."""
+    """How to run a model: whether it returns vectors instead of logits, and whether it encodes before it decodes."""
     decodes = llama_cpp.llama_model_has_decoder(model.model)
-    # drafts have encoders as well, but for hidden states of the model they draft for
+    # draft models have encoders too, but for hidden states of their target model
     encodes = llama_cpp.llama_model_has_encoder(model.model) and llama_cpp.llama_model_decoder_start_token(model.model) >= 0
     context = model.context(flash_attn_type=0)
     pools = llama_cpp.llama_pooling_type(context) > 0 or not llama_cpp.llama_get_memory(context)
@@ -158,9 +158,9 @@ def entry(model):
 
 
 def outputs(job):
-    """What any kind of model computes of tokens, F32 [n, width] for each batch size.
+    """What a model of any kind computes from tokens, F32 [n, width] for each batch size.
 
-    Decoders: logits of a sequence of all tokens. Encoders that have a decoder: the same, after they have encoded the tokens.
+    Decoders: logits of a sequence of all tokens. Encoder-decoders: the same, after encoding the tokens.
     Embedding models: a vector per token, each batch a sequence of its own; "parallel" is all tokens in one batch, each a
     sequence of its own.
     """
@@ -216,7 +216,7 @@ def greedy(job):
 def graph(job):
     """The computed nodes of batches of tokens: (operation, name, names of the operands, types of node and operands).
 
-    size: of the batches; all tokens at once by default
+    size: batch size; by default, all tokens at once
     """
     model = Model(job["model"])
     op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
@@ -260,8 +260,8 @@ def embeddings(job):
 
 
 def adapted(job):
-    """Logits of a prompt for each set of LoRA adapters, [index, scale]..., which are switched in one context. Of adapters that
-    llama.cpp does not take, what it said.
+    """Logits of a prompt for each set of LoRA adapters, [index, scale]..., which are switched in one context. If llama.cpp
+    rejects an adapter, its messages.
     """
     model = Model(job["model"])
     adapters = []
@@ -283,7 +283,7 @@ def adapted(job):
 
 
 def uses(job):
-    """What a loaded model says of its sites: (name, width, table, column, used)."""
+    """What a loaded model reports about its sites: (name, width, table, column, used)."""
     model = Model(job["model"], **job.get("load", {}))
     library, site, results = llama_cpp.llama_cpp._lib, _CSite(), []
     handle = ctypes.c_void_p(model.model)
@@ -306,7 +306,7 @@ def devices(_job):
 
 
 def load(job):
-    """ "" if a model loads, or what llama.cpp said."""
+    """ "" if a model loads, otherwise the messages of llama.cpp."""
     try:
         Model(job["model"], **job.get("load", {})).close()
     except RuntimeError as err:
@@ -315,7 +315,7 @@ def load(job):
 
 
 def make_batch(context, parts):
-    """A batch of runs of tokens: (ids of the sequences they belong to, tokens). Each goes on where the first of them ends."""
+    """A batch of runs of tokens, (ids of their sequences, tokens). Each run continues where the first of its sequences ends."""
     memory, position, entries = llama_cpp.llama_get_memory(context), {}, []
     for seqs, tokens in parts:
         first = position.get(seqs[0], llama_cpp.llama_memory_seq_pos_max(memory, seqs[0]) + 1)
@@ -331,7 +331,7 @@ def make_batch(context, parts):
 
 
 def given(model, context, parts):
-    """Logits of all tokens of a batch; with pooling, the vectors of its sequences; else the vectors of its tokens."""
+    """Logits of all tokens of a batch, or of embedding models, the vectors of its sequences (with pooling) or tokens."""
     seqs = sorted({seq for seqs, _ in parts for seq in seqs})
     count = sum(len(tokens) for _, tokens in parts)
     pooling = llama_cpp.llama_pooling_type(context)
@@ -370,7 +370,7 @@ def load_state(context, path, seq=None):
 
 
 def control(model, context, seed):
-    """Add a random vector to the output of every layer but the first, which llama.cpp allows none for."""
+    """Add a random vector to the output of every layer except the first, for which llama.cpp allows none."""
     width, layers = llama_cpp.llama_model_n_embd(model.model), llama_cpp.llama_model_n_layer(model.model) - 1
     vectors = np.random.default_rng(seed).normal(0, 0.3, width * layers).astype(np.float32)
     data = vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
@@ -378,12 +378,12 @@ def control(model, context, seed):
 
 
 def session(job):
-    """What a context gives for a list of steps: those of `decode` and `resident`, in order.
+    """Run a list of steps in a context. Returns the results of those that have any, in order.
 
     decode [sequences, tokens]...               one llama_decode
-    save path [sequence], load path [sequence]  the state, as llama_state_get_data and llama_state_set_data have it
-    embed first count seed                      one llama_decode of random vectors instead of tokens, as images are
-    resident                                    bytes of the process that are in memory
+    save path [sequence], load path [sequence]  the state (llama_state_get_data, llama_state_set_data)
+    embed first count seed                      one llama_decode of random vectors instead of tokens, as for images
+    resident                                    resident bytes of the process
     control seed                                a random control vector
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
@@ -431,7 +431,7 @@ def session(job):
 
 
 def sample(job):
-    """Token ids that a chain of samplers draws, and how many of them were drawn in the graph ("backend")."""
+    """Token ids that a chain of samplers draws, and how many of them were sampled in the graph ("backend")."""
     model = Model(job["model"])
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     for name, *arguments in job["chain"]:
