@@ -60,7 +60,7 @@ def test_transcript(pythia, monkeypatch):
         text = re.sub(r", \d+% of its gain realised", "", text)
         bounds = re.findall(r"bound by the plan [\d.]+", text)
         return [
-            *re.sub(r"\d+(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
+            *re.sub(r"-?\d+(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
             *bounds,
         ]
 

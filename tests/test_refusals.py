@@ -188,8 +188,8 @@ def interrupt(command: list[str], sent: int, event: Callable[[subprocess.Popen],
 def written(folder: Path) -> int:
     """Bytes in the temporary folder of a conversion, -1 if there is none."""
     sizes = []
-    for part in folder.glob(".*.part/*"):
-        with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # folders and files move while they are looked at
+        for part in folder.glob(".*.part/*"):
             sizes.append(part.stat().st_size)
     return max(sizes, default=0 if list(folder.glob(".*.part")) else -1)
 
