@@ -1,4 +1,4 @@
-"""`bench`: how much faster a converted model is than its source, and how much of the possible gain that is."""
+"""`bench`: how much faster tables or a row cache make a model, and how much of the possible gain that is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import bound, of_file
 from gguf_firstlayer.decoder import Decoder
-from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
-from gguf_firstlayer.pair import Files, context_length, open_pair
+from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
 from gguf_firstlayer.resources import Resources, all_resources
-from gguf_firstlayer.runtime import Analysis, Site
+from gguf_firstlayer.runtime import Analysis, RowCache, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, numbers, progress, size_text, to_json
 from gguf_firstlayer.timing import (
@@ -47,6 +47,8 @@ from gguf_firstlayer.timing import (
 BATCHES, CONTEXTS = (1, 512), (0,)
 
 
+F32 = GGMLQuantizationType.F32
+
 CELL_SECONDS = 16.0
 
 MAX_TOKENS = 1 << 20
@@ -67,8 +69,8 @@ class Cell:
         rounds: number of blocks of each model
         disturbed: share of the blocks that other work on the machine disturbed; they are left out unless nearly all are
         source: median speed of the source, in tokens per second
-        converted: speed of the converted model: that of the source times the ratio
-        ratio: speed of the converted model divided by that of the source
+        converted: speed of the converted model, or of the source with a row cache: that of the source times the ratio
+        ratio: this speed divided by that of the source
         bound: the highest ratio that is possible according to the plan
         verdict: what the ratio shows
         realised: the gain as a share of the bound's gain, if the verdict is "faster"
@@ -96,6 +98,7 @@ class Bench:
 
     Attributes:
         source, converted: files
+        cache: of the source with a row cache instead of a converted file: how it was used in the last load; None otherwise
         threads: number of threads of each model
         pinned: whether each thread stayed on a processor of its own
         cells: by batch size and context
@@ -109,12 +112,14 @@ class Bench:
     cells: list[Cell]
     resources_source: Resources | None
     resources: Resources | None
+    cache: RowCache | None
 
 
 def bench(
     source: str | os.PathLike[str],
-    converted: str | os.PathLike[str],
+    converted: str | os.PathLike[str] | None = None,
     *,
+    cache: float | str | None = None,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
     threads: int = 0,
@@ -124,7 +129,7 @@ def bench(
     seconds: float = CELL_SECONDS,
     random_tokens: bool = False,
 ) -> Bench:
-    """Compare the speed of a converted model with its source's, both on the patched llama.cpp, in this process.
+    """Compare the speed of a converted model, or of a model with a row cache, with its source's, in this process.
 
     The models take turns in short blocks, in random order, so that changes in the machine's speed affect both, and are loaded
     several times. Tokens come from the built-in sample, repeated from random places. The files are in the page cache.
@@ -132,6 +137,7 @@ def bench(
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise
+        cache: instead of a converted file: MiB for a row cache of the source, or "auto". It is warm after the first blocks
         batches: batch sizes in tokens
         contexts: numbers of tokens decoded before the batch
         threads: 0 for one on each processor that this process may use
@@ -150,16 +156,24 @@ def bench(
             raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
     if not batches or not contexts or min(batches) < 1:
         raise UsageError("a batch needs at least one token")
+    if (converted is None) == (cache is None):
+        raise UsageError(f"give either a converted file, or {option('cache')}")
+    if cache is not None and limit:
+        raise UsageError(f"{option('limit')} needs a converted file, whose tables it replaces with constants")
     if loads < 2:
         raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
-    model, tables, files = open_pair(Path(source), Path(converted))
+    if converted is not None:
+        model, tables, files = open_pair(Path(source), Path(converted))
+    else:
+        model, files = open_cached(Path(source), parse_cache(str(cache)))
+        tables = model
     plain = Files((model,))
     longest = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
     if longest > context_length(model):
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
-    outline = of_file(model.path)
-    site_types = _site_types(tables, outline.sites)
+    outline = of_file(model.path, for_cache=cache is not None)
+    site_types = _site_types(tables, outline.sites) if cache is None else dict.fromkeys(outline.sites, F32)
     tokens = isolated(partial(_tokens, random_tokens), model.path)
 
     taken: list[Resources | None] = [None, None]
@@ -172,14 +186,22 @@ def bench(
     measured: dict[tuple[int, int], list[Load]] = {(batch, context): [] for context in contexts for batch in batches}
     with progress("measuring", loads, "load") as bar:
         for _ in range(loads):
-            for file in rng.sample([model, tables], 2):
+            for file in rng.sample([model, tables], 1 if tables is model else 2):
                 place_anew(file)
             with ExitStack() as stack:
                 # in random order, since the order decides which memory each gets
                 kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
                 opened = {
                     kind: stack.enter_context(
-                        Decoder(kind[0].path, n_ctx, n_batch, n_threads, constants=kind[1], tables=kind[0].tables)
+                        Decoder(
+                            kind[0].path,
+                            n_ctx,
+                            n_batch,
+                            n_threads,
+                            constants=kind[1],
+                            tables=kind[0].tables,
+                            cache=kind[0].cache,
+                        )
                     )
                     for kind in rng.sample(kinds_of_run, len(kinds_of_run))
                 }
@@ -192,9 +214,10 @@ def bench(
                         measured[batch, context].append(
                             take_turns(runs, tokens, batch, context, seconds / loads, rng, n_threads)
                         )
+                used = runs[1].row_cache()
             bar.update()
     cells = [_cell(batch, context, loads, bound(outline, site_types, batch)) for (batch, context), loads in measured.items()]
-    return Bench(model.path, tables.path, n_threads, pinned, cells, *taken)
+    return Bench(model.path, tables.path, n_threads, pinned, cells, taken[0], taken[1], used)
 
 
 def _tokens(random_tokens: bool, path: Path) -> Tokens:
@@ -274,7 +297,14 @@ def summary(result: Bench) -> str:
         )
         if cell.limit and cell.of_limit:
             lines.append(f"    without any lookup {interval(cell.limit)}; of that, {interval(cell.of_limit)}")
-    for name, taken in (("source", result.resources_source), ("converted", result.resources)):
+    if result.cache:
+        tokens = result.cache.hits + result.cache.misses
+        lines.append(
+            f"row cache: {result.cache.rows:,} of {result.cache.max_rows:,} rows, {size_text(result.cache.bytes)};"
+            f" {result.cache.hits / max(1, tokens):.2%} of {tokens:,} tokens were hits,"
+            f" {1e6 * result.cache.seconds / max(1, result.cache.misses):,.0f} us for each miss"
+        )
+    for name, taken in (("source", result.resources_source), ("cached" if result.cache else "converted", result.resources)):
         if taken is None:
             continue
         lines.append(
@@ -353,7 +383,8 @@ def plot(result: Bench, folder: Path) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
-    parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
+    parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
+    parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
     parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens per batch (default: 1,512)")
     parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens of context (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per processor")
@@ -371,10 +402,12 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         _pyplot()
         args.plot.mkdir(parents=True, exist_ok=True)
-        check(_plot_path(args.converted, args.plot), [args.source, args.converted], force=True, argument="plot")
+        inputs = [path for path in (args.source, args.converted) if path]
+        check(_plot_path(inputs[-1], args.plot), inputs, force=True, argument="plot")
     result = bench(
         args.source,
         args.converted,
+        cache=args.cache,
         batches=args.batch,
         contexts=args.context,
         threads=args.threads or 0,

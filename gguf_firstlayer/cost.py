@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -22,6 +23,10 @@ PAGE = 4096
 
 # length of a "typical text"
 TEXT_TOKENS = 16384
+
+# tokens of text after which the memory of a row cache is told, and of a prompt that it has seen nothing of
+CACHE_TOKENS = (512, 4096, 32768)
+PROMPT_TOKENS = 512
 
 
 SiteTypes = Mapping[Site, GGMLQuantizationType]
@@ -148,6 +153,29 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class CachePlan:
+    """What a row cache would gain and cost, without a file. Rows are F32.
+
+    Attributes:
+        sites: their names
+        row_bytes: size of a row
+        decode_bytes: bytes read of all weights and rows for one token whose row is cached
+        decode_bound: highest possible speed-up of decoding, once rows are cached
+        prefill_warm: ratio of the multiplications with weights in a prompt whose rows are all cached
+        prefill_cold: the same for a prompt of PROMPT_TOKENS tokens of text of which none is
+        memory: bytes of the rows after a text, by its number of tokens
+    """
+
+    sites: list[str]
+    row_bytes: int
+    decode_bytes: float
+    decode_bound: float
+    prefill_warm: float
+    prefill_cold: float
+    memory: dict[int, int]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a conversion would gain and cost. Sizes are in bytes unless stated otherwise.
 
@@ -169,6 +197,7 @@ class Plan:
         decode_bytes_without, decode_bytes_with: bytes read of all weights for one token
         decode_bound: their ratio, the highest possible speed-up of decoding if it is bound by reading weights
         prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
+        cache: what a row cache would gain instead; None where a model has no site
     """
 
     name: str
@@ -190,6 +219,7 @@ class Plan:
     decode_bytes_with: float
     decode_bound: float
     prefill_bound: float
+    cache: CachePlan | None = None
 
 
 def of_model(source: Source, analysis: Analysis) -> CostModel:
@@ -211,22 +241,26 @@ def of_model(source: Source, analysis: Analysis) -> CostModel:
     )
 
 
-def of_file(path: Path) -> CostModel:
+def of_file(path: Path, for_cache: bool = False) -> CostModel:
     """The cost model of a GGUF file, of which only the header is needed.
+
+    Args:
+        path: of the model; of a split model, the first part
+        for_cache: with the sites of a row cache
 
     Raises:
         FirstLayerError: the file cannot be read or is already converted, or llama.cpp cannot load it.
     """
-    return isolated(_read, path)
+    return isolated(partial(_read, for_cache), path)
 
 
-def _read(path: Path) -> CostModel:
+def _read(for_cache: bool, path: Path) -> CostModel:
     with without_data(path) as whole:
         try:
             source = Source(whole)
             if source.get_field(file_format.KEY_VERSION) is not None:
                 raise FirstLayerError(f"{path} is already converted; plan with the original model")
-            with Analysis(whole, load_vocab=False) as analysis:
+            with Analysis(whole, load_vocab=False, for_cache=for_cache) as analysis:
                 return of_model(source, analysis)
         except FirstLayerError as err:
             raise FirstLayerError(str(err).replace(str(whole.parent), str(path.parent))) from err
@@ -325,6 +359,28 @@ def bound(model: CostModel, site_types: SiteTypes, batch: int) -> float:
     total = sum(model.products(use, batch) for use in model.uses)
     gone = sum(model.products(use, batch) for use in model.replaced([site for site in model.sites if site in site_types]))
     return max(by_bytes, total / (total - gone))
+
+
+def cached(model: CostModel) -> CachePlan | None:
+    """The plan of a row cache for all sites of a model; None if it has none."""
+    if not model.sites:
+        return None
+    row_bytes = 4 * sum(file_format.padded(site.width) for site in model.sites)
+    replaced = model.replaced(model.sites)
+    decode = sum(model.bytes_read(use) for use in model.uses)
+    decode_with = decode - sum(model.bytes_read(use) for use in replaced) + row_bytes
+    products = sum(use.multiply_adds for use in model.uses)
+    gone = sum(use.multiply_adds for use in replaced)
+    new = distinct_tokens(PROMPT_TOKENS, model.n_vocab) / PROMPT_TOKENS
+    return CachePlan(
+        [site.name for site in model.sites],
+        row_bytes,
+        decode_with,
+        decode / decode_with,
+        products / (products - gone),
+        products / (products - gone * (1 - min(1.0, new))),
+        {n: round(min(model.n_vocab, distinct_tokens(n, model.n_vocab)) * row_bytes) for n in CACHE_TOKENS},
+    )
 
 
 def price(model: CostModel, sites: Sequence[Site], site: Site, kind: GGMLQuantizationType) -> SitePlan:

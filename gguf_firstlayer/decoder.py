@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, library, undisturbed
+from gguf_firstlayer.runtime import Analysis, RowCache, library, undisturbed
 
 Self = TypeVar("Self", bound="Decoder")
 
@@ -27,6 +27,7 @@ class Decoder:
         n_threads: 0 for one per processor
         constants: for a converted model: sites come from constants instead of lookups, and the output is wrong
         tables: sidecar with the model's tables
+        cache: MiB for a row cache, if the model has no tables; negative for as much as it chooses itself
 
     Raises:
         FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
@@ -40,12 +41,13 @@ class Decoder:
         n_threads: int = 0,
         constants: bool = False,
         tables: Path | None = None,
+        cache: float = 0.0,
         _rows_of: Analysis | None = None,
     ) -> None:
         self._library, self.path, self.n_batch = library(), path, n_batch
         self._library.errors.clear()
         analysis = _rows_of.handle if _rows_of else None
-        with undisturbed(), self._library.tables(tables):
+        with undisturbed(), self._library.tables(tables, cache):
             self.handle = self._library.llama.llama_firstlayer_run_init(
                 os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
             )
@@ -81,6 +83,11 @@ class Decoder:
         if elapsed < 0:
             raise FirstLayerError(f"{self.path}: {self._library.error()}")
         return float(elapsed) / 1e6
+
+    def row_cache(self) -> RowCache | None:
+        """The model's row cache; None if it has none."""
+        model = self._library.llama.llama_firstlayer_run_get_model(self.handle)
+        return self._library.row_cache(model)
 
     def keep(self, n: int) -> bool:
         """Forget all but the first n tokens. Returns false if the model cannot forget a part, like recurrent models."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.decoder import Decoder
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.source import Source
+
+# a row cache of the size that the model chooses, and the largest in MiB
+AUTO, MAX_CACHE = -1.0, float(1 << 20)
 
 
 class Files(NamedTuple):
@@ -18,9 +22,11 @@ class Files(NamedTuple):
 
     Attributes:
         sources: the model, and its sidecar if it has one
+        cache: MiB for a row cache, see `Decoder`
     """
 
     sources: tuple[Source, ...]
+    cache: float = 0.0
 
     @property
     def path(self) -> Path:
@@ -52,6 +58,33 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
     files = Files((model, tables) if file_format.is_sidecar(tables) else (tables,))
     isolated(partial(_loads, files.tables), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
     return model, tables, files
+
+
+def open_cached(source: Path, cache: float) -> tuple[Source, Files]:
+    """A model, and the same with a row cache, see `Decoder`.
+
+    Raises:
+        FirstLayerError: it cannot be read, or has tables instead.
+    """
+    model = Source(source)
+    if model.get_field(file_format.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{source} has tables, so its rows are not cached; give the original model")
+    return model, Files((model,), cache)
+
+
+def parse_cache(text: str) -> float:
+    """The size of a row cache in MiB, as llama.cpp's option --firstlayer-cache takes it; AUTO for `auto`.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        size = AUTO if text == "auto" else float(text)
+    except ValueError:
+        size = math.nan
+    if not (size == AUTO or 0 < size <= MAX_CACHE):
+        raise UsageError(f"'{text}' is not the size of a cache; give a number of MiB, or auto")
+    return size
 
 
 def context_length(model: Source) -> int:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.cost import BATCHES, TEXT_TOKENS, CostModel, Plan, estimate, of_file, table_type
+from gguf_firstlayer.cost import (
+    BATCHES,
+    PROMPT_TOKENS,
+    TEXT_TOKENS,
+    CostModel,
+    Plan,
+    cached,
+    estimate,
+    of_file,
+    table_type,
+)
 from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
@@ -20,6 +31,9 @@ SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
 
 # growth of the file that users may want to avoid
 LARGE_GROWTH = 0.25
+
+# the least speed-up that is worth a choice
+NOTICEABLE = 1.001
 
 
 def plan(
@@ -44,8 +58,12 @@ def plan(
     if not all(1 <= size <= MAX_NUMBER for size in batches):
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
     wanted = table_type("q8_0" if type == "auto" else type)
-    shape = model if isinstance(model, CostModel) else of_file(Path(model))
-    return estimate(shape, {site: file_format.fitting(wanted, site.width) for site in shape.sites}, batches, keep_weights)
+    if isinstance(model, CostModel):
+        shape = for_cache = model
+    else:
+        shape, for_cache = of_file(Path(model)), of_file(Path(model), for_cache=True)
+    site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
+    return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache))
 
 
 def _factor(value: float) -> str:
@@ -89,7 +107,25 @@ def text(result: Plan) -> str:
         lines.append(
             "The file would grow a lot: convert --max-growth writes only the tables that save most, --type smaller ones."
         )
+    if result.cache:
+        memory = ", ".join(f"{size_text(n_bytes)} after {n:,}" for n, n_bytes in result.cache.memory.items())
+        lines += [
+            "",
+            f"row cache: decoding {result.cache.decode_bound:.4f}x at best, prefill {result.cache.prefill_warm:.4f}x,"
+            f" or {result.cache.prefill_cold:.4f}x for the first {PROMPT_TOKENS} tokens",
+            f"    memory for rows of {size_text(result.cache.row_bytes)}: {memory} tokens of text",
+            _advice(result),
+        ]
     return "\n".join(lines)
+
+
+def _advice(result: Plan) -> str:
+    """Which of tables and a row cache to choose."""
+    if max(result.decode_bound, result.prefill_bound) < NOTICEABLE:
+        return "Neither is worth the trouble: no clock would show the gain."
+    if result.file_change < 0:
+        return "Convert: the file gets smaller, and what the tables replace is not loaded at all."
+    return "Choose the row cache, --firstlayer-cache auto: nearly the same speed, and the file stays as it is."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

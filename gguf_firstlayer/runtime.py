@@ -90,6 +90,31 @@ class _CSite(ctypes.Structure):
     ]
 
 
+class _CCache(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "max_rows", "hits", "misses", "bytes", "max_bytes", "us")]
+
+
+@dataclass(frozen=True)
+class RowCache:
+    """The rows of the first layer that a loaded model keeps (`struct llama_firstlayer_cache_data`).
+
+    Attributes:
+        rows, max_rows: how many there are, and how many fit
+        hits: tokens whose row was there, or was computed for the same batch
+        misses: rows computed
+        bytes, max_bytes: of these rows, and of all that fit
+        seconds: that computing rows took
+    """
+
+    rows: int
+    max_rows: int
+    hits: int
+    misses: int
+    bytes: int
+    max_bytes: int
+    seconds: float
+
+
 class _GGUFInitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
@@ -151,6 +176,7 @@ class Library:
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_init": (handle, [text, i32, i32, flag]),
+            "llama_firstlayer_init_for_cache": (handle, [text, i32]),
             "llama_firstlayer_free": (None, [handle]),
             "llama_firstlayer_n_vocab": (i32, [handle]),
             "llama_firstlayer_n_sites": (i32, [handle]),
@@ -161,6 +187,8 @@ class Library:
             "llama_firstlayer_n_uses": (i32, [handle]),
             "llama_firstlayer_get_use": (i32, [handle, i32, ctypes.POINTER(_CUse)]),
             "llama_firstlayer_set_tables": (None, [text]),
+            "llama_firstlayer_set_cache": (None, [ctypes.c_double]),
+            "llama_model_firstlayer_get_cache": (i32, [handle, ctypes.POINTER(_CCache)]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
@@ -171,6 +199,7 @@ class Library:
             "llama_firstlayer_run_decode": (floats, [handle, handle, i32]),
             "llama_firstlayer_run_time": (i64, [handle, handle, i32, i32]),
             "llama_firstlayer_run_keep": (flag, [handle, i32]),
+            "llama_firstlayer_run_get_model": (handle, [handle]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self.llama, name)
@@ -194,13 +223,25 @@ class Library:
         return " / ".join([self.llama.llama_firstlayer_error().decode(), *self.errors[:1]])
 
     @contextmanager
-    def tables(self, path: Path | None) -> Iterator[None]:
-        """Let models loaded in this context take their tables from a sidecar, if given (`llama_firstlayer_set_tables`)."""
+    def tables(self, path: Path | None, cache: float = 0.0) -> Iterator[None]:
+        """Let models loaded in this context take their tables from a sidecar, or keep rows in a cache, see `Decoder`.
+
+        They are those of `llama_firstlayer_set_tables` and `llama_firstlayer_set_cache`.
+        """
         self.llama.llama_firstlayer_set_tables(os.fsencode(path) if path else None)
+        self.llama.llama_firstlayer_set_cache(cache)
         try:
             yield
         finally:
             self.llama.llama_firstlayer_set_tables(None)
+            self.llama.llama_firstlayer_set_cache(0.0)
+
+    def row_cache(self, model: int) -> RowCache | None:
+        """The row cache of a `struct llama_model *` (`llama_model_firstlayer_get_cache`); None if it has none."""
+        data = _CCache()
+        if self.llama.llama_model_firstlayer_get_cache(model, ctypes.byref(data)) != 0:
+            return None
+        return RowCache(data.rows, data.max_rows, data.hits, data.misses, data.bytes, data.max_bytes, data.us / 1e6)
 
     def check(self, path: Path, tables: Path | None = None) -> None:
         """Let llama.cpp load a converted file without its weights (`llama_firstlayer_check`).
@@ -290,6 +331,7 @@ class Analysis:
         path: GGUF file of a model that is not converted; of a split model, the first part
         n_batch: tokens per batch
         load_vocab: load the vocabulary, which takes longer than everything else; without it, there is no tokenizer
+        for_cache: take the sites of a row cache, without the vocabulary (`llama_firstlayer_init_for_cache`)
 
     Attributes:
         n_vocab: entries of the vocabulary
@@ -303,11 +345,14 @@ class Analysis:
         FirstLayerError: llama.cpp cannot load the model.
     """
 
-    def __init__(self, path: Path, n_batch: int = 512, load_vocab: bool = True) -> None:
+    def __init__(self, path: Path, n_batch: int = 512, load_vocab: bool = True, for_cache: bool = False) -> None:
         self._library = library()
         self._library.errors.clear()
         with undisturbed():
-            self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, 0, load_vocab)
+            if for_cache:
+                self.handle = self._library.llama.llama_firstlayer_init_for_cache(os.fsencode(path), n_batch)
+            else:
+                self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, 0, load_vocab)
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
 

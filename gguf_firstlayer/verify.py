@@ -1,4 +1,4 @@
-"""`verify`: whether a converted file belongs to a model, and what its tables do to the model's output."""
+"""`verify`: whether a converted file belongs to a model, and what its tables, or a row cache, do to the model's output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,8 +19,8 @@ from gguf_firstlayer.auto import round_trip, sample_tokens
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.divergence import kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
-from gguf_firstlayer.pair import context_length, open_pair
-from gguf_firstlayer.runtime import Analysis, Site, analyse, library
+from gguf_firstlayer.pair import context_length, open_cached, open_pair, parse_cache
+from gguf_firstlayer.runtime import Analysis, RowCache, Site, analyse, library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, to_json
 
@@ -38,6 +38,9 @@ OTHER_BATCH = 32
 MAX_KLD = 1e-2
 # standard errors by which a run may differ more than its tables explain
 CHANCE = 3
+
+# rows of a cache that the distinct tokens of a chunk just fit in, so that each chunk evicts the rows of the one before
+EVICTING = 300
 
 N_ROWS = 64
 # allowed error of a row: relative to the row, for products with 8-bit activations in other kernels, plus relative to the
@@ -74,6 +77,9 @@ class Verification:
         greedy: for each of several prompts, how many tokens of the continuation are the same before the first that differs;
             None if none does
         greedy_tokens: length of each continuation
+        logits_same: share of the tokens scored whose logits are the same bit for bit
+        caches: of the source with a row cache instead of a converted file: the cache, and one so small that each chunk of the
+            text evicts the rows of the one before, after the text has passed through each; both are scored
     """
 
     source: Path
@@ -102,20 +108,24 @@ class Verification:
     perplexity_change_error: float = 0.0
     greedy: tuple[int | None, ...] = ()
     greedy_tokens: int = 0
+    logits_same: float = 0.0
+    caches: tuple[RowCache, ...] = ()
 
 
 def verify(
     source: str | os.PathLike[str],
-    converted: str | os.PathLike[str],
+    converted: str | os.PathLike[str] | None = None,
     *,
+    cache: float | str | None = None,
     text: str | None = None,
     tokens: int | None = None,
 ) -> Verification:
-    """Compare a converted file with the model it was made from.
+    """Compare a converted file with the model it was made from, or a model with a row cache with itself without.
 
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
+        cache: instead of a converted file: MiB for a row cache of the source, or "auto"
         text: the text to run both models over; a built-in sample by default
         tokens: how many tokens of the text to use at most; N_TOKENS by default
 
@@ -125,6 +135,10 @@ def verify(
     """
     if tokens is not None and tokens < 1:
         raise UsageError(f"{tokens} is not a valid number of tokens; give at least 1")
+    if (converted is None) == (cache is None):
+        raise UsageError(f"give either a converted file, or {option('cache')}")
+    if converted is None:
+        return _verify_cache(Path(source), parse_cache(str(cache)), text, tokens)
     model, tables, files = open_pair(Path(source), Path(converted))
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
@@ -132,12 +146,7 @@ def verify(
         problems = _foreign(model, sites, by_recipe)
         if problems:
             return Verification(model.path, tables.path, problems)
-        ids = _text_tokens(analysis, text, tokens or N_TOKENS)
-        if tokens is not None and len(ids) < tokens:
-            log.warning(
-                "the text has %s, not %s: give a longer one with %s", count(len(ids), "token"), f"{tokens:,}", option("text")
-            )
-        begin = analysis.tokenize("")[:1]  # as in the text, if the model wants such a token
+        ids, begin = _text_tokens(analysis, text, tokens)
         n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
         added = _added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
@@ -146,19 +155,9 @@ def verify(
     chunk = min(CHUNK, len(ids) // 2, context_length(model))
     with Decoder(model.path, chunk, chunk) as one, Decoder(files.path, chunk, chunk, tables=files.tables) as other:
         scores = _Scores()
-        for first in range(0, len(ids) - chunk + 1, chunk):
-            part = ids[first : first + chunk].copy()
-            part[: len(begin)] = begin
-            scores.add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
-        starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
-        n_prompt = min(PROMPT, chunk // 2)
-        n_greedy = min(GREEDY, chunk - n_prompt)
-        prompts = [np.concatenate([begin, ids[start + len(begin) : start + n_prompt]]) for start in starts]
-        greedy = [_first_difference(_greedy(one, prompt, n_greedy), _greedy(other, prompt, n_greedy)) for prompt in prompts]
+        scores.run(one, other, ids, begin, chunk)
 
-    klds, floors = np.concatenate(scores.klds), np.concatenate(scores.floors)
-    before, after = np.concatenate(scores.losses_source), np.concatenate(scores.losses)
-    excess, excess_error = _mean(klds - floors)
+    excess, excess_error = _mean(scores.klds - scores.floors)
     kld_added, kld_added_error = (excess, excess_error) if added is None else added
     if not math.isfinite(excess + kld_added):
         problems.append("the output of the converted model is not finite")
@@ -168,34 +167,41 @@ def verify(
         problems.append(
             f"the output differs by {excess:.1e} ± {excess_error:.1e} nats more than the tables explain: please report this"
         )
-    p_source, p = float(np.exp(before.mean())), float(np.exp(after.mean()))
-    return Verification(
-        model.path,
-        tables.path,
-        problems,
-        n_rows,
-        same,
-        text is None,
-        len(ids),
-        len(klds),
-        scores.logit_max,
-        math.sqrt(scores.logit_squares / scores.logit_count),
-        *_mean(klds),
-        float(np.median(klds)),
-        float(np.percentile(klds, 99)),
-        float(klds.max()),
-        float(floors.mean()),
-        kld_added,
-        kld_added_error,
-        bound,
-        float(np.concatenate(scores.same).mean()),
-        p_source,
-        p,
-        p - p_source,
-        _mean(p * after - p_source * before)[1],  # to first order
-        tuple(greedy),
-        n_greedy,
+    return replace(
+        scores.figures(model.path, tables.path, problems),
+        rows_checked=n_rows,
+        rows_same=same,
+        sample=text is None,
+        tokens=len(ids),
+        kld_added=kld_added,
+        kld_added_error=kld_added_error,
+        kld_bound=bound,
     )
+
+
+def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | None) -> Verification:
+    model, files = open_cached(source, cache)
+    with analyse(model.path) as analysis:
+        ids, begin = _text_tokens(analysis, text, tokens)
+    chunk = min(CHUNK, len(ids) // 2, context_length(model))
+    scores, caches, problems = _Scores(), list[RowCache](), list[str]()
+    with Decoder(model.path, chunk, chunk) as one:
+        while len(caches) < 2:
+            with Decoder(files.path, chunk, chunk, cache=cache) as other:
+                before = other.row_cache()
+                if before is None:
+                    raise FirstLayerError(f"{source} has nothing to cache; plan says why")
+                scores.run(one, other, ids, begin, chunk)
+                after = other.row_cache()
+                assert after is not None
+            caches.append(after)
+            cache = EVICTING / after.rows * after.bytes / 2**20
+    excess, error = _mean(scores.klds - scores.floors)
+    if not math.isfinite(excess) or excess > CHANCE * error:
+        problems.append(
+            f"the output differs by {excess:.1e} ± {error:.1e} nats more than between batch sizes: please report this"
+        )
+    return replace(scores.figures(model.path, model.path, problems), sample=text is None, tokens=len(ids), caches=tuple(caches))
 
 
 def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: dict[str, Site]) -> list[str]:
@@ -210,14 +216,21 @@ def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe:
     return []
 
 
-def _text_tokens(analysis: Analysis, text: str | None, n_max: int) -> npt.NDArray[np.int32]:
+def _text_tokens(
+    analysis: Analysis, text: str | None, tokens: int | None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Tokens of a text, and the one that begins it, if the model wants such a token."""
     ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
     if not len(ids) and text:
         raise FirstLayerError(f"the model has no tokenizer; leave out {option('text')} to use random tokens")
-    ids = ids[:n_max]
+    ids = ids[: tokens or N_TOKENS]
     if len(ids) < 4 * N_PROMPTS:
         raise FirstLayerError(f"{count(len(ids), 'token')} are too few to measure, {4 * N_PROMPTS} are needed; give more text")
-    return ids
+    if tokens is not None and len(ids) < tokens:
+        log.warning(
+            "the text has %s, not %s: give a longer one with %s", count(len(ids), "token"), f"{tokens:,}", option("text")
+        )
+    return ids, analysis.tokenize("")[:1]
 
 
 def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:
@@ -279,18 +292,42 @@ def _added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int
 
 
 class _Scores:
-    """Figures of the tokens of a text, collected chunk by chunk."""
+    """Figures of the tokens of a text, collected chunk by chunk, and of continuations."""
 
     def __init__(self) -> None:
-        self.klds: list[Floats] = []
-        self.floors: list[Floats] = []
-        self.losses_source: list[Floats] = []
-        self.losses: list[Floats] = []
-        self.same: list[npt.NDArray[np.bool_]] = []
-        self.logit_max = self.logit_squares = 0.0
-        self.logit_count = 0
+        self._klds: list[Floats] = []
+        self._floors: list[Floats] = []
+        self._losses_source: list[Floats] = []
+        self._losses: list[Floats] = []
+        self._top: list[npt.NDArray[np.bool_]] = []
+        self._same: list[npt.NDArray[np.bool_]] = []
+        self._logit_max = self._logit_squares = 0.0
+        self._logit_count = self._n_greedy = 0
+        self._greedy: list[int | None] = []
 
-    def add(
+    @property
+    def klds(self) -> Floats:
+        """KL divergence from the source, F64 [tokens]."""
+        return np.concatenate(self._klds)
+
+    @property
+    def floors(self) -> Floats:
+        """KL divergence of the source from itself with another batch size, F64 [tokens]."""
+        return np.concatenate(self._floors)
+
+    def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], chunk: int) -> None:
+        """Compare a model with the source over a text."""
+        for first in range(0, len(ids) - chunk + 1, chunk):
+            part = ids[first : first + chunk].copy()
+            part[: len(begin)] = begin
+            self._add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
+        starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
+        n_prompt = min(PROMPT, chunk // 2)
+        n = self._n_greedy = min(GREEDY, chunk - n_prompt)
+        prompts = [np.concatenate([begin, ids[start + len(begin) : start + n_prompt]]) for start in starts]
+        self._greedy += [_first_difference(_greedy(one, prompt, n), _greedy(other, prompt, n)) for prompt in prompts]
+
+    def _add(
         self,
         source: npt.NDArray[np.float32],
         again: npt.NDArray[np.float32],
@@ -299,18 +336,47 @@ class _Scores:
     ) -> None:
         """Add logits F32 [n, vocabulary] (source, source with another batch size, converted) and the tokens that follow."""
         difference = converted - source
-        self.logit_max = max(self.logit_max, float(np.abs(difference).max()))
-        self.logit_squares += float(np.square(difference, dtype=np.float64).sum())
-        self.logit_count += difference.size
+        self._logit_max = max(self._logit_max, float(np.abs(difference).max()))
+        self._logit_squares += float(np.square(difference, dtype=np.float64).sum())
+        self._logit_count += difference.size
         p, q = log_softmax(source), log_softmax(converted)
         if not np.isfinite(p).all():
             raise FirstLayerError("the model cannot be measured: the source's output is not finite")
-        self.klds.append(kl_divergence(p, q))
-        self.floors.append(kl_divergence(p, log_softmax(again)))
-        self.same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        self._klds.append(kl_divergence(p, q))
+        self._floors.append(kl_divergence(p, log_softmax(again)))
+        self._top.append(p.argmax(axis=1) == q.argmax(axis=1))
+        self._same.append((source == converted).all(axis=1))
         index = np.arange(len(following))
-        self.losses_source.append(-p[index, following].astype(np.float64))
-        self.losses.append(-q[index, following].astype(np.float64))
+        self._losses_source.append(-p[index, following].astype(np.float64))
+        self._losses.append(-q[index, following].astype(np.float64))
+
+    def figures(self, source: Path, converted: Path, problems: list[str]) -> Verification:
+        """Those of the output."""
+        klds, before, after = self.klds, np.concatenate(self._losses_source), np.concatenate(self._losses)
+        kld, kld_error = _mean(klds)
+        p_source, p = float(np.exp(before.mean())), float(np.exp(after.mean()))
+        return Verification(
+            source,
+            converted,
+            problems,
+            scored=len(klds),
+            logit_max=self._logit_max,
+            logit_rms=math.sqrt(self._logit_squares / self._logit_count),
+            kld=kld,
+            kld_error=kld_error,
+            kld_median=float(np.median(klds)),
+            kld_p99=float(np.percentile(klds, 99)),
+            kld_max=float(klds.max()),
+            kld_floor=float(self.floors.mean()),
+            top1=float(np.concatenate(self._top).mean()),
+            perplexity_source=p_source,
+            perplexity=p,
+            perplexity_change=p - p_source,
+            perplexity_change_error=_mean(p * after - p_source * before)[1],  # to first order
+            greedy=tuple(self._greedy),
+            greedy_tokens=self._n_greedy,
+            logits_same=float(np.concatenate(self._same).mean()),
+        )
 
 
 def _logits(run: Decoder, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
@@ -349,16 +415,33 @@ def summary(result: Verification) -> str:
     if not result.scored:
         return "\n".join(result.problems)
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
+    if result.caches:
+        origin = [
+            f"row cache of {cache.max_rows:,} rows: {cache.misses:,} rows computed, {cache.misses - cache.rows:,} of them again or"
+            " in the place of others"
+            for cache in result.caches
+        ]
+    else:
+        origin = [
+            "the tables were computed from this source's weights;"
+            f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit"
+        ]
     lines = [
-        "the tables were computed from this source's weights;"
-        f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit",
+        *origin,
         f"{result.scored} tokens scored, of {result.tokens} of {'the built-in sample' if result.sample else 'the text'}",
-        f"logits: max difference {result.logit_max:.3g}, RMS {result.logit_rms:.3g}",
+        f"logits: the same bit for bit for {result.logits_same:.2%} of them; max difference {result.logit_max:.3g},"
+        f" RMS {result.logit_rms:.3g}",
         f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
         f" 99 % {result.kld_p99:.1e}, max {result.kld_max:.1e}",
         f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes",
-        f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats"
-        f" (bound on the sum {result.kld_bound:g})",
+        *(
+            []
+            if result.caches
+            else [
+                f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats"
+                f" (bound on the sum {result.kld_bound:g})"
+            ]
+        ),
         f"most probable token the same: {result.top1:.2%}",
         f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
         f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
@@ -372,7 +455,8 @@ def summary(result: Verification) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
-    parser.add_argument("converted", type=Path, metavar="CONVERTED.gguf")
+    parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
+    parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")
     parser.add_argument("--tokens", type=int, metavar="N", help=f"use at most N tokens of the text (default: {N_TOKENS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -388,6 +472,6 @@ def main(args: argparse.Namespace) -> int:
             raise FirstLayerError(f"{args.text} is not a text in UTF-8; give another with {option('text')}") from err
         except OSError as err:
             raise FirstLayerError(f"{args.text} cannot be read: {err.strerror}") from err
-    result = verify(args.source, args.converted, text=text, tokens=args.tokens)
+    result = verify(args.source, args.converted, cache=args.cache, text=text, tokens=args.tokens)
     print(to_json(result) if args.json else summary(result))
     return 1 if result.problems else 0

@@ -2,6 +2,7 @@
 
 #include "gguf.h"
 #include "llama-context.h"
+#include "llama-firstlayer-cache.h"
 #include "llama-firstlayer-guard.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
@@ -78,29 +79,18 @@ static llama_model_ptr load_metadata(const char * path_model, bool load_vocab) {
 llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
                                                      int32_t      n_batch,
                                                      int32_t      n_threads,
-                                                     bool         load_vocab) :
+                                                     bool         load_vocab,
+                                                     bool         for_cache) :
     path(path_model),
     n_batch(n_batch),
-    n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())) {
+    n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())),
+    for_cache(for_cache) {
     model = load_metadata(path_model, load_vocab);
     if (model->firstlayer) {
         throw std::runtime_error("the model is already converted");
     }
 
-    // recurrent states split the batch by sequences
-    n_seqs = llama_model_is_recurrent(model.get()) || llama_model_is_hybrid(model.get()) ? 2 : 1;
-
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx                = 2 * n_batch;
-    cparams.n_batch              = n_batch;
-    cparams.n_ubatch             = n_batch;
-    cparams.n_seq_max            = n_seqs;
-    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
-
-    ctx.reset(llama_init_from_model(model.get(), cparams));
-    if (!ctx) {
-        throw std::runtime_error("llama.cpp cannot build a graph of this model on its own");
-    }
+    builder = std::make_unique<llama_firstlayer_builder>(*model, n_batch);
 
     model->firstlayer = std::make_unique<llama_firstlayer>();
     model->firstlayer->set_weights(*model);
@@ -109,22 +99,12 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
     };
 
     // a site must exist in the graphs of both prefill and decode
-    build(n_batch, n_batch);
-    build(n_seqs, n_seqs);
+    builder->build(n_batch, n_batch);
+    builder->build(builder->n_seqs, builder->n_seqs);
 
     if (!sites.empty()) {
         collect_uses();
         collect_elidable();
-    }
-}
-
-void llama_firstlayer_analysis::build(uint32_t n_tokens, uint32_t n_outputs) {
-    llama_memory_context_ptr mctx;
-    if (ctx->get_memory()) {
-        mctx = ctx->get_memory()->init_full();
-    }
-    if (!ctx->graph_reserve(n_tokens, n_seqs, n_outputs, mctx.get(), /*split_only =*/true)) {
-        throw std::runtime_error("llama.cpp cannot build a graph of this model");
     }
 }
 
@@ -140,21 +120,17 @@ std::set<std::string> llama_firstlayer_analysis::names(const llama_firstlayer_wa
 
 std::unordered_map<std::string, ggml_tensor *> llama_firstlayer_analysis::find_sites(
     const llama_firstlayer_walk & walk) const {
-    std::unordered_set<std::string> hints;
-    for (const auto & site : sites) {
-        hints.insert(walk.hint(site.recipe, site.width));
-    }
-
     std::unordered_map<std::string, ggml_tensor *> res;
-    for (ggml_tensor * t : walk.candidates(hints)) {
-        res.emplace(walk.recipe(t), t);
+    for (const auto & [t, i] : walk.find(sites)) {
+        res.emplace(sites[i].recipe, t);
     }
     return res;
 }
 
 void llama_firstlayer_analysis::collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk) {
     if (seen.insert(gtype).second) {
-        for (ggml_tensor * t : walk.sites(model->vocab.n_tokens())) {
+        for (ggml_tensor * t : for_cache ? llama_firstlayer_cache::choose_sites(walk) :
+                                           walk.sites(model->vocab.n_tokens(), /*bytes_per_value =*/1)) {
             const std::string recipe = walk.recipe(t);
             const bool        known =
                 std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
@@ -209,7 +185,7 @@ void llama_firstlayer_analysis::collect_uses() {
             }
         }
     };
-    build(n_batch, n_seqs);
+    builder->build(n_batch, builder->n_seqs);
 }
 
 void llama_firstlayer_analysis::collect_elidable() {
@@ -221,8 +197,8 @@ void llama_firstlayer_analysis::collect_elidable() {
         after.merge(names(live_after(walk)));
     };
 
-    build(n_batch, n_batch);
-    build(n_seqs, n_seqs);
+    builder->build(n_batch, n_batch);
+    builder->build(builder->n_seqs, builder->n_seqs);
 
     if (model->hparams.n_layer_nextn > 0 && model->hparams.router_layer < 0) {
         llama_context_params cparams = llama_context_default_params();
@@ -250,7 +226,17 @@ llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
                                                   bool         load_vocab) {
     return llama_firstlayer_guarded(
         [&] {
-            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads, load_vocab);
+            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads, load_vocab,
+                                                 /*for_cache =*/false);
+        },
+        (llama_firstlayer_analysis *) nullptr);
+}
+
+llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_model, int32_t n_batch) {
+    return llama_firstlayer_guarded(
+        [&] {
+            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), /*n_threads =*/0,
+                                                 /*load_vocab =*/false, /*for_cache =*/true);
         },
         (llama_firstlayer_analysis *) nullptr);
 }

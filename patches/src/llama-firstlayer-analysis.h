@@ -2,6 +2,7 @@
 
 #include "ggml-alloc.h"
 #include "llama-cpp.h"
+#include "llama-firstlayer-builder.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-graph.h"
 #include "llama-model-loader.h"
@@ -23,12 +24,16 @@ struct llama_firstlayer_analysis {
         llm_graph_type           gtype;  // of the graph it was found in
     };
 
-    llama_firstlayer_analysis(const char * path_model, int32_t n_batch, int32_t n_threads, bool load_vocab);
+    llama_firstlayer_analysis(const char * path_model,
+                              int32_t      n_batch,
+                              int32_t      n_threads,
+                              bool         load_vocab,
+                              bool         for_cache);
 
     void eval(const llama_token * tokens, int32_t n_tokens, float * rows);
 
-    llama_model_ptr   model;
-    llama_context_ptr ctx;
+    llama_model_ptr                           model;
+    std::unique_ptr<llama_firstlayer_builder> builder;
 
     struct use {
         std::string weight;
@@ -44,9 +49,6 @@ struct llama_firstlayer_analysis {
     std::string              blocker;
 
   private:
-    // build a graph and show it to `observe`
-    void build(uint32_t n_tokens, uint32_t n_outputs);
-
     void collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk);
     void collect_uses();
     void collect_elidable();
@@ -65,8 +67,7 @@ struct llama_firstlayer_analysis {
     const std::string path;
     const int32_t     n_batch;
     const int32_t     n_threads;
-
-    uint32_t n_seqs = 1;
+    const bool        for_cache;
 
     std::set<llm_graph_type> seen;
 

@@ -10,7 +10,7 @@
 // A chain of row-pure nodes can be cut in many places: the part above the cut comes from tables, the part below is computed
 // from them. The sites are a minimum cut between the weights and the impure nodes, with these costs per token:
 //
-//   - a table:            a byte per value (about what Q8_0 takes), and a share of its memory
+//   - a table:            the bytes of its row, and a share of its memory
 //   - a node that stays:  the weights it reads, as stored
 //
 // The share of its memory keeps a large table from replacing a small product, such as one that absorbs a head's key
@@ -105,7 +105,19 @@ int64_t llama_firstlayer_walk::bytes_read(const ggml_tensor * t) const {
     return res;
 }
 
-std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
+int64_t llama_firstlayer_walk::bytes_saved(const tensor_set & cut) const {
+    const tensor_set is_live = live(cut);
+
+    int64_t res = 0;
+    for (const ggml_tensor * t : nodes) {
+        if (get(t).kind == PURITY_PURE && (!is_live.count(t) || cut.count(t))) {
+            res += bytes_read(t);
+        }
+    }
+    return res;
+}
+
+std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_rows, int64_t bytes_per_value) const {
     std::unordered_map<const ggml_tensor *, int> index;
     std::vector<ggml_tensor *>                   pure;
     for (ggml_tensor * t : nodes) {
@@ -145,7 +157,7 @@ std::vector<ggml_tensor *> llama_firstlayer_walk::sites(int64_t n_vocab) const {
         // views to copies, which depend on the layout that the attention needs
         const auto &  op   = llama_firstlayer_get_op(t);
         const int64_t move = op.is(LLAMA_FIRSTLAYER_OP_LAYOUT) ? 1 : op.is(LLAMA_FIRSTLAYER_OP_COPY) ? 2 : 0;
-        const int64_t row  = 4 * width(t) * (MEMORY_PER_BYTE + n_vocab) + move;
+        const int64_t row  = 4 * width(t) * bytes_per_value * (MEMORY_PER_BYTE + n_rows) + move;
         net.add(source, is_computed(i), first_product ? COST_FIRST_PRODUCT : 4 * MEMORY_PER_BYTE * bytes_read(t));
         net.add(is_computed(i), is_needed(i), can_be_site(t) ? row : COST_INFINITE);
         if (t->flags & GGML_TENSOR_FLAG_OUTPUT) {

@@ -48,7 +48,7 @@ void llama_firstlayer_analysis::prepare_eval() {
     model->firstlayer->observe = [this](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
         walks.insert_or_assign(params.gtype, walk);
     };
-    build(n_batch, n_batch);
+    builder->build(n_batch, n_batch);
 
     std::vector<std::string> splits;
     ml = std::make_unique<llama_model_loader>(nullptr, nullptr, nullptr, path, splits, nullptr, LLAMA_LOAD_MODE_MMAP,
@@ -65,7 +65,7 @@ void llama_firstlayer_analysis::prepare_eval() {
         set_n_threads(backend.get(), n_threads);
     }
 
-    const size_t           max_nodes = ctx->graph_max_nodes(n_batch);
+    const size_t           max_nodes = builder->ctx->graph_max_nodes(n_batch);
     const ggml_init_params params    = {
         /*.mem_size   =*/ggml_graph_overhead_custom(max_nodes, false),
         /*.mem_buffer =*/nullptr,

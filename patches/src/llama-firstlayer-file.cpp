@@ -25,6 +25,9 @@ static const char * const KV_SOURCE_SAMPLE    = "firstlayer.source.sample";
 // not a key of a file but an override of a model: the path of its sidecar
 static const char * const KV_FILE = "firstlayer.file";
 
+// another: MiB for rows that are computed when they are first needed, or "auto"
+static const char * const KV_CACHE = "firstlayer.cache";
+
 static const uint32_t VERSION = 1;
 
 //
@@ -54,9 +57,14 @@ static const uint32_t * get_u32(const gguf_context * meta, const char * key, siz
 }
 
 static thread_local std::string path_tables;
+static thread_local double      cache_mib = 0.0;
 
 void llama_firstlayer_set_tables(const char * path) {
     path_tables = path ? path : "";
+}
+
+void llama_firstlayer_set_cache(double mib) {
+    cache_mib = mib;
 }
 
 // whether the tables in a sidecar were computed from this model: the bytes in the middle of its weights are the same
@@ -125,26 +133,53 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
     return meta;
 }
 
+// bytes for a cache that the user asked for, 0 if there is to be none
+static size_t requested_cache(const llama_model_loader & ml, size_t automatic) {
+    const auto it = ml.kv_overrides.find(KV_CACHE);
+    if (it == ml.kv_overrides.end()) {
+        return cache_mib < 0.0 ? automatic : cache_mib * 1024.0 * 1024.0;
+    }
+    const auto & value = it->second;
+    if (value.tag == LLAMA_KV_OVERRIDE_TYPE_STR && strcmp(value.val_str, "auto") == 0) {
+        return automatic;
+    }
+    const bool   is_float = value.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT;
+    const double mib      = is_float ? value.val_f64 : value.tag == LLAMA_KV_OVERRIDE_TYPE_INT ? value.val_i64 : -1.0;
+    if (!(mib >= 0.0 && mib <= 1024.0 * 1024.0)) {
+        throw std::runtime_error(format("override '%s' must be a number of MiB or \"auto\"", KV_CACHE));
+    }
+    return mib * 1024.0 * 1024.0;
+}
+
 std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml, uint32_t n_vocab) {
+    auto       res    = std::make_unique<llama_firstlayer>();
+    const auto cached = [&] {
+        return res->cache_bytes > 0 ? std::move(res) : nullptr;
+    };
+
+    res->cache_bytes = requested_cache(ml, CACHE_AUTO);
     if (ml.files.empty()) {
         if (ml.metadata && gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
             throw std::runtime_error("first-layer tables can only be read from a file");
         }
-        return nullptr;
+        return cached();
     }
     const gguf_context_ptr sidecar = load_sidecar(ml);
     const gguf_context *   meta    = sidecar ? sidecar.get() : ml.metadata;
 
     const int64_t id_version = gguf_find_key(meta, KV_VERSION);
     if (id_version < 0) {
-        return nullptr;
+        return cached();
+    }
+    if (res->cache_bytes > 0) {
+        LLAMA_LOG_INFO("%s: the model has tables, so rows are not cached\n", __func__);
+        res->cache_bytes = 0;
     }
     if (gguf_get_kv_type(meta, id_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, id_version) != VERSION) {
         throw std::runtime_error(format(
             "unknown %s, this build reads version %u: update it, or convert the model again", KV_VERSION, VERSION));
     }
 
-    auto res        = std::make_unique<llama_firstlayer>();
     res->is_sidecar = sidecar != nullptr;
 
     size_t           n_sites   = 0;

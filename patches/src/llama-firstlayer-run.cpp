@@ -204,6 +204,10 @@ int64_t llama_firstlayer_run_time(llama_firstlayer_run * run,
         (int64_t) -1);
 }
 
+const llama_model * llama_firstlayer_run_get_model(const llama_firstlayer_run * run) {
+    return run->model.get();
+}
+
 bool llama_firstlayer_run_keep(llama_firstlayer_run * run, int32_t n) {
     return run->keep(n);
 }

@@ -28,6 +28,8 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         }
     }
 
+    batch_tokens = !inp_tokens.empty();
+
     // if there are none, use the only input that indexes the token embedding: some architectures substitute ids first
     if (inp_tokens.empty()) {
         std::set<ggml_tensor *> ids;
@@ -304,6 +306,22 @@ void llama_firstlayer_walk::locate(const ggml_tensor * t,
         (is_token ? token : column) += i[d] * n[is_token];
         n[is_token] *= t->ne[d];
     }
+}
+
+ggml_tensor * llama_firstlayer_walk::as_rows(ggml_context * ctx, ggml_tensor * t) const {
+    // ggml_permute takes the place of each axis: first those of the values, then those of the tokens
+    const uint8_t axes = get(t).axes;
+
+    int place[GGML_MAX_DIMS];
+    int next = 0;
+    for (const bool of_tokens : { false, true }) {
+        for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+            if ((axes >> d & 1) == of_tokens) {
+                place[d] = next++;
+            }
+        }
+    }
+    return ggml_cont_2d(ctx, ggml_permute(ctx, t, place[0], place[1], place[2], place[3]), width(t), n_tokens);
 }
 
 llama_firstlayer_walk::tensor_set llama_firstlayer_walk::reach(std::vector<const ggml_tensor *> stack,

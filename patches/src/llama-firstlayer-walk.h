@@ -46,18 +46,26 @@ struct llama_firstlayer_walk {
     // graph inputs that hold token ids, I32 [n_tokens]
     const std::vector<ggml_tensor *> & tokens() const { return inp_tokens; }
 
-    // the sites, in graph order, for a vocabulary of the given size
-    std::vector<ggml_tensor *> sites(int64_t n_vocab) const;
+    // whether these are the tokens of the batch as they are, not ids that the architecture substitutes for them
+    bool has_batch_tokens() const { return batch_tokens; }
 
-    // the tensors that can be sites and match one of the given hints; printing all recipes would take longer
-    std::vector<ggml_tensor *> candidates(const std::unordered_set<std::string> & hints) const;
-    static std::string         hint(const std::string & recipe, int64_t width);
+    // the sites, in graph order, for tables of n_rows rows
+    std::vector<ggml_tensor *> sites(int64_t n_rows, int64_t bytes_per_value) const;
+
+    // the nodes that known sites stand for, in graph order, each with the index of its site; a site has a recipe and a width
+    template <typename Sites> std::vector<std::pair<ggml_tensor *, size_t>> find(const Sites & sites) const;
+
+    // bytes of weights that a token need not read if the tensors in `cut` are given
+    int64_t bytes_saved(const tensor_set & cut) const;
 
     // values per token
     int64_t width(const ggml_tensor * t) const;
 
     // the token that an element of a row-pure tensor belongs to, and its position among the values of that token (column)
     void locate(const ggml_tensor * t, const int64_t i[GGML_MAX_DIMS], int64_t & token, int64_t & column) const;
+
+    // F32 [width, n_tokens], contiguous: the values of a row-pure tensor, those of each token in the order of its columns
+    ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t) const;
 
     // the expression that computes t, in canonical form; a repeated subexpression is labelled `$n:=` where it first occurs
     std::string recipe(const ggml_tensor * t) const;
@@ -102,6 +110,10 @@ struct llama_firstlayer_walk {
         return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
     }
 
+    // the tensors that can be sites and match one of the given hints; printing all recipes would take longer
+    std::vector<ggml_tensor *> candidates(const std::unordered_set<std::string> & hints) const;
+    static std::string         hint(const std::string & recipe, int64_t width);
+
     static tensor_set reach(std::vector<const ggml_tensor *> stack, const tensor_set & cut);
 
     info classify(const ggml_tensor * t) const;
@@ -143,7 +155,8 @@ struct llama_firstlayer_walk {
                       int &                                          n_labels,
                       std::string &                                  out) const;
 
-    int64_t n_tokens = 0;
+    int64_t n_tokens     = 0;
+    bool    batch_tokens = false;
 
     std::vector<ggml_tensor *> inp_tokens;
     std::vector<ggml_tensor *> nodes;     // in graph order
@@ -153,3 +166,23 @@ struct llama_firstlayer_walk {
 
     std::unordered_map<const ggml_tensor *, info> infos;
 };
+
+template <typename Sites>
+std::vector<std::pair<ggml_tensor *, size_t>> llama_firstlayer_walk::find(const Sites & sites) const {
+    std::unordered_set<std::string> hints;
+    for (const auto & site : sites) {
+        hints.insert(hint(site.recipe, site.width));
+    }
+
+    std::vector<std::pair<ggml_tensor *, size_t>> res;
+    for (ggml_tensor * t : candidates(hints)) {
+        const std::string found = recipe(t);
+        for (size_t i = 0; i < sites.size(); ++i) {
+            if (sites[i].recipe == found && sites[i].width == width(t)) {
+                res.emplace_back(t, i);
+                break;
+            }
+        }
+    }
+    return res;
+}

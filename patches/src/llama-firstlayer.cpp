@@ -1,6 +1,7 @@
 #include "llama-firstlayer.h"
 
 #include "llama-cpp.h"
+#include "llama-firstlayer-cache.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -27,6 +28,10 @@ void llama_firstlayer::set_weights(const llama_model & model) {
 }
 
 void llama_firstlayer::check(llama_model_base & model) {
+    if (cache_bytes > 0) {
+        create_cache(model);
+        return;
+    }
     set_weights(model);
 
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
@@ -122,14 +127,14 @@ struct llm_graph_input_firstlayer : llm_graph_input_i {
 ggml_tensor * llama_firstlayer::look_up(const llama_model &      model,
                                         const llm_graph_params & params,
                                         uint32_t                 i,
-                                        ggml_tensor *            tokens) {
+                                        ggml_tensor *            index) {
     if (!constants.empty()) {
         return constants[i];
     }
 
     ggml_context * ctx   = params.res->get_ctx();
     ggml_tensor *  table = tables[i].tensor;
-    ggml_tensor *  rows  = ggml_get_rows(ctx, table, tokens);
+    ggml_tensor *  rows  = ggml_get_rows(ctx, table, index);
     ggml_format_name(rows, "firstlayer.%u", i);
     if (model.can_prefetch.count(table)) {
         params.res->add_input(std::make_unique<llm_graph_input_firstlayer>(tables[i]));
@@ -184,33 +189,26 @@ void llama_firstlayer::rewrite(const llama_model &           model,
     ggml_context * ctx = params.res->get_ctx();
     ggml_cgraph *  gf  = params.res->get_gf();
 
-    std::unordered_set<std::string> hints;
-    for (const auto & site : sites) {
-        hints.insert(walk.hint(site.recipe, site.width));
+    const auto found = walk.find(sites);
+    if (found.empty() || (cache && !walk.has_batch_tokens())) {
+        return;
+    }
+    ggml_tensor * index = cache ? cache->add_slots(params) : walk.tokens().front();
+    if (!index) {
+        return;
     }
 
     std::vector<ggml_tensor *>                                        rows(tables.size(), nullptr);
     std::unordered_map<ggml_tensor *, llama_firstlayer_walk::row_ref> row_refs;
-
-    for (ggml_tensor * t : walk.candidates(hints)) {
-        const std::string recipe = walk.recipe(t);
-        for (auto & site : sites) {
-            if (site.recipe != recipe || site.width != walk.width(t)) {
-                continue;
-            }
-            if (!rows[site.table]) {
-                rows[site.table] = look_up(model, params, site.table, walk.tokens().front());
-            }
-            row_refs[t] = { rows[site.table], site.column * sizeof(float) };
-            if (checking) {
-                site.used = true;
-            }
-            break;
+    for (const auto & [t, i] : found) {
+        auto & site = sites[i];
+        if (!rows[site.table]) {
+            rows[site.table] = look_up(model, params, site.table, index);
         }
-    }
-
-    if (row_refs.empty()) {
-        return;
+        row_refs[t] = { rows[site.table], site.column * sizeof(float) };
+        if (checking) {
+            site.used = true;
+        }
     }
     walk.replace(ctx, gf, row_refs);
 
@@ -230,8 +228,17 @@ void llama_firstlayer::rewrite(const llama_model &           model,
                 fused.end());
 }
 
+bool llama_firstlayer::is_reserve(const llama_ubatch & ubatch) {
+    // as llama_context makes them; the ids of a batch have a place of their own
+    return ubatch.seq_id[0] == nullptr || ubatch.seq_id[0] == ubatch.seq_id_unq;
+}
+
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = params.res->get_gf();
+
+    if (!observe && phantoms.empty() && (sites.empty() || (cache && !cache->serves(model, params)))) {
+        return gf;
+    }
 
     if ((checking || observe) && params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model)) {
         // contexts build the encoder's graph only when they encode
@@ -283,7 +290,7 @@ ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph
         problem = message;
         return gf;
     }
-    if (params.ubatch.n_seq_id[0] == 0) {
+    if (is_reserve(params.ubatch)) {
         // memory is only being reserved; an actual batch fails below
         return gf;
     }

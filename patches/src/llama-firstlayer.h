@@ -47,6 +47,9 @@ LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * 
                                                                    int32_t      n_threads,
                                                                    bool         load_vocab);
 
+// The same for the sites of a row cache, whose rows are F32 in memory, and few
+LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_model, int32_t n_batch);
+
 LLAMA_API void llama_firstlayer_free(struct llama_firstlayer_analysis * an);
 
 LLAMA_API int32_t llama_firstlayer_n_vocab(const struct llama_firstlayer_analysis * an);
@@ -93,6 +96,10 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
 // same for a single model
 LLAMA_API void llama_firstlayer_set_tables(const char * path);
 
+// MiB for the rows that models keep which this thread loads from now on, without tables; 0 for none, negative for "auto". The model
+// parameter for the same is the override "firstlayer.cache", a number or the string "auto"
+LLAMA_API void llama_firstlayer_set_cache(double mib);
+
 // Check whether a converted file can be loaded: build its graphs as loading does, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
@@ -137,6 +144,8 @@ LLAMA_API int64_t llama_firstlayer_run_time(struct llama_firstlayer_run * run,
 // Forget all but the first n tokens. Returns false if this kind of model cannot forget a part of its memory
 LLAMA_API bool llama_firstlayer_run_keep(struct llama_firstlayer_run * run, int32_t n);
 
+LLAMA_API const struct llama_model * llama_firstlayer_run_get_model(const struct llama_firstlayer_run * run);
+
 //
 // what a loaded model uses
 //
@@ -147,6 +156,27 @@ LLAMA_API int32_t llama_model_firstlayer_n_sites(const struct llama_model * mode
 LLAMA_API int32_t llama_model_firstlayer_get_site(const struct llama_model *     model,
                                                   int32_t                        i,
                                                   struct llama_firstlayer_site * site);
+
+// the rows of the first layer that a model keeps
+struct llama_firstlayer_cache_data {
+    int64_t n_rows;    // that are in use
+    int64_t n_rows_max;
+    int64_t n_hits;    // tokens whose row was there, or was computed for the same batch
+    int64_t n_misses;  // rows computed
+    int64_t n_bytes;   // of the rows in use
+    int64_t n_bytes_max;
+    int64_t t_us;      // microseconds that computing rows took
+};
+
+// -1 if the model has no cache
+LLAMA_API int32_t llama_model_firstlayer_get_cache(const struct llama_model *           model,
+                                                   struct llama_firstlayer_cache_data * data);
+
+// Log it in a line, among a context's timings. Nothing if the model has no cache
+LLAMA_API void llama_model_firstlayer_print_cache(const struct llama_model * model);
+
+// The same as metrics in the text format of Prometheus, valid until the next call in this thread. "" if the model has no cache
+LLAMA_API const char * llama_model_firstlayer_metrics(const struct llama_model * model);
 
 #ifdef __cplusplus
 }
@@ -174,10 +204,12 @@ struct llama_firstlayer;
 
 struct ggml_cgraph;
 
+struct llama_firstlayer_cache;
 struct llama_firstlayer_walk;
 struct llama_model;
 struct llama_model_base;
 struct llama_model_loader;
+struct llama_ubatch;
 struct llm_graph_params;
 
 class llm_graph_result;
@@ -235,17 +267,31 @@ struct llama_firstlayer {
     // std::runtime_error.
     void use_constants(const llama_model & model, int64_t n_tokens);
 
+    // whether a graph is only built to reserve memory for batches of its kind
+    static bool is_reserve(const llama_ubatch & ubatch);
+
     // if set, graphs are passed to it instead of being rewritten
     std::function<void(const llm_graph_params & params, const llama_firstlayer_walk & walk)> observe;
 
     std::vector<table> tables;
     std::vector<site>  sites;
 
+    // of a model that was not converted: rows that are computed when they are first needed
+    std::unique_ptr<llama_firstlayer_cache> cache;
+
   private:
+    static constexpr size_t CACHE_AUTO = SIZE_MAX;
+
+    // Find the sites of the loaded model, and make a cache for them. If there is nothing to gain, log why.
+    void create_cache(llama_model & model);
+    void find_cache_sites(llama_model & model);
+
+    size_t cache_bytes = 0;  // for rows that are computed; 0 for none
+
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
-    // the tensor whose rows are those of table i for the tokens of the batch
-    ggml_tensor * look_up(const llama_model & model, const llm_graph_params & params, uint32_t i, ggml_tensor * tokens);
+    // the tensor whose rows are those of table i for the tokens of the batch; index: which rows these are, I32 [n_tokens]
+    ggml_tensor * look_up(const llama_model & model, const llm_graph_params & params, uint32_t i, ggml_tensor * index);
 
     ggml_context_ptr                               ctx_phantom;
     ggml_context_ptr                               ctx_constants;

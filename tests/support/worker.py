@@ -51,14 +51,17 @@ def on_log(level, text, _user_data):
 
 
 class Model:
-    def __init__(self, path, sidecar=None, **options):
+    def __init__(self, path, sidecar=None, cache=0, cache_rows=0, **options):
+        """A model with its sidecar, if it has one; with a row cache of `cache` MiB or "auto", or of `cache_rows` rows."""
         params = llama_cpp.llama_model_default_params()
+        if cache_rows and (cached := cache_data(Model(path, cache=4096, **options))):
+            cache = (cache_rows + 3.5) * cached["n_bytes_max"] / (cached["n_rows_max"] + 3) / 2**20  # 3 are for padding
+        self.overrides = (llama_cpp.llama_model_kv_override * 2)()
         if sidecar:
-            self.overrides = (llama_cpp.llama_model_kv_override * 2)()
-            self.overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-            self.overrides[0].key = b"firstlayer.file"
-            self.overrides[0].value.val_str = sidecar.encode()
-            params.kv_overrides = self.overrides
+            self.override("firstlayer.file", sidecar)
+        if cache:
+            self.override("firstlayer.cache", cache)
+        params.kv_overrides = self.overrides
         if "n_gpu_layers" not in options:
             self.no_device = (ctypes.c_void_p * 1)(None)  # a device would also get large products of layers on the CPU
             params.devices = ctypes.cast(self.no_device, ctypes.c_void_p)
@@ -69,6 +72,13 @@ class Model:
             raise RuntimeError("".join(messages))
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+
+    def override(self, key, value):
+        kinds = {str: ("STR", "val_str"), int: ("INT", "val_i64"), float: ("FLOAT", "val_f64")}
+        tag, field = kinds[type(value)]
+        self.overrides[0].tag = getattr(llama_cpp, f"LLAMA_KV_OVERRIDE_TYPE_{tag}")
+        self.overrides[0].key = key.encode()
+        setattr(self.overrides[0].value, field, value.encode() if isinstance(value, str) else value)
 
     def context(self, trace=None, n_ctx=1024, **options):
         params = llama_cpp.llama_context_default_params()
@@ -96,6 +106,16 @@ class Model:
 
     def close(self):
         llama_cpp.llama_model_free(self.model)
+
+
+def cache_data(model):
+    """What `llama_model_firstlayer_get_cache` says of a loaded model; None without a cache, and on the stock library."""
+    names = ["n_rows", "n_rows_max", "n_hits", "n_misses", "n_bytes", "n_bytes_max", "t_us"]
+    get = getattr(llama_cpp.llama_cpp._lib, "llama_model_firstlayer_get_cache", None)
+    data = (ctypes.c_int64 * len(names))()
+    if get is None or get(ctypes.c_void_p(model.model), data) != 0:
+        return None
+    return dict(zip(names, data, strict=True))
 
 
 def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.llama_decode):
@@ -164,7 +184,7 @@ def outputs(job):
     Embedding models: a vector per token, each batch a sequence of its own; "parallel" is all tokens in one batch, each a
     sequence of its own.
     """
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     tokens = model.tokens(job["tokens"])
     embeds, encodes = entry(model)
 
@@ -189,6 +209,7 @@ def outputs(job):
             parts = [(first, tokens[first : first + size]) for first in range(0, len(tokens), size)]
             results[size] = np.concatenate([batch(context, part, 0 if embeds else first) for first, part in parts])
         llama_cpp.llama_free(context)
+    results["cache"] = cache_data(model)
     model.close()
     return results
 

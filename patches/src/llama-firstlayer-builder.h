@@ -1,0 +1,17 @@
+#pragma once
+
+#include "llama-cpp.h"
+
+#include <cstdint>
+
+// Builds graphs of a model as a context does before it runs, so that llama_firstlayer::observe can look at them.
+struct llama_firstlayer_builder {
+    // n_batch: most tokens in a graph, an even number. Throws std::runtime_error if the model only runs beside another one
+    llama_firstlayer_builder(llama_model & model, uint32_t n_batch);
+
+    // n_tokens: a multiple of n_seqs. Throws std::runtime_error
+    void build(uint32_t n_tokens, uint32_t n_outputs) const;
+
+    llama_context_ptr ctx;
+    uint32_t          n_seqs;  // sequences in a batch: recurrent states split it by these
+};

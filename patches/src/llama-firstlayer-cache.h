@@ -1,0 +1,112 @@
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "llama-firstlayer-walk.h"
+#include "llama-firstlayer.h"
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+struct llm_graph_params;
+
+// a graph that computes the rows of `tokens` into the slots of a cache
+struct llama_firstlayer_fill_graph {
+    ggml_context_ptr           ctx;
+    ggml_cgraph *              gf;
+    std::vector<ggml_tensor *> tokens;  // I32 [n_tokens], all with the same content
+    ggml_tensor *              slots;   // I64 [n_tokens]
+};
+
+// The fill graphs of a context, on its backends: rows come from the kernels and the threads that its own graphs run with.
+struct llama_firstlayer_fill {
+    // templates: smallest first. Throws std::runtime_error if there is no memory
+    llama_firstlayer_fill(const std::vector<llama_firstlayer_fill_graph> & templates, const llm_graph_params & params);
+
+    // Compute the row of each token into its slot. padding: the first slot of those that hold nothing
+    bool compute(const std::vector<llama_token> & tokens, const std::vector<int32_t> & slots, int32_t padding);
+
+  private:
+    struct graph : llama_firstlayer_fill_graph {
+        ggml_backend_sched_ptr sched;
+    };
+
+    std::vector<graph> graphs;
+};
+
+// Rows of the first layer, computed when their token is first seen, and kept until others need their place. All contexts of a
+// model share it; those on other threads wait while one computes rows.
+struct llama_firstlayer_cache {
+    // Batches in which rows are computed. Rows must not depend on how many are missing, so these have the same kernels: on the
+    // CPU, all multiples of 4 do; on devices, there is but one size.
+    static constexpr uint32_t    MAX_FILL = 64;
+    static std::vector<uint32_t> fill_sizes(bool on_cpu);
+
+    // the sites of a graph at the price of F32 rows in memory
+    static std::vector<ggml_tensor *> choose_sites(const llama_firstlayer_walk & walk);
+
+    // max_bytes: of memory for rows. Throws std::runtime_error if there is none, or no room for a row
+    llama_firstlayer_cache(ggml_backend_dev_t dev, int64_t row_width, int64_t n_vocab, bool on_cpu, size_t max_bytes);
+
+    // Keep a copy of the nodes that compute the sites of a graph, to compute rows in batches of this size. False if a site is
+    // missing.
+    bool add_template(ggml_context *                              ctx,
+                      const llama_firstlayer_walk &               walk,
+                      const std::vector<llama_firstlayer::site> & sites);
+
+    // Add an input to a graph: the slots of the batch's tokens, I32 [n_tokens]. nullptr if the batch must be computed as usual,
+    // because its tokens do not fit or rows cannot be computed.
+    ggml_tensor * add_slots(const llm_graph_params & params);
+
+    // whether the rows are those of this kind of graph
+    bool serves(const llama_model & model, const llm_graph_params & params) const;
+
+    // Take slots for the tokens of a batch, one for each of them, and compute the rows that are missing. Nothing overwrites
+    // the slots until they are released. False, and no slots, if that cannot be done.
+    bool acquire(llama_firstlayer_fill & fill,
+                 const llama_token *     tokens,
+                 uint32_t                n_tokens,
+                 std::vector<int32_t> &  slots);
+    void release(std::vector<int32_t> & slots);
+
+    llama_firstlayer_cache_data get_data() const;
+
+    ggml_tensor *      rows;  // F32 [row width, slots and padding]
+    ggml_backend_dev_t dev;
+
+  private:
+    struct slot {
+        llama_token token;
+        uint32_t    n_pins;
+        bool        recent;  // used since the hand passed
+    };
+
+    static constexpr int32_t NONE    = -1;
+    static constexpr int32_t PENDING = -2;
+
+    void    pin(int32_t i);
+    void    unpin(std::vector<int32_t> & slots);
+    int32_t take_slot();
+
+    std::shared_ptr<llama_firstlayer_fill> get_fill(const llm_graph_params & params);
+
+    ggml_context_ptr                         ctx;
+    ggml_backend_buffer_ptr                  buf;
+    std::vector<llama_firstlayer_fill_graph> templates;
+
+    mutable std::mutex   mutex;         // for all that follows
+    std::vector<int32_t> slot_of;       // by token
+    std::vector<slot>    slots;         // those that have been used
+    int32_t              n_slots;       // most that fit
+    int32_t              n_pinned = 0;
+    int32_t              hand     = 0;  // of the clock that says which slot is used again
+    int64_t              n_hits   = 0;
+    int64_t              n_misses = 0;
+    int64_t              t_us     = 0;
+
+    // by a backend of the context; inputs of its graphs keep them alive
+    std::unordered_map<ggml_backend_t, std::weak_ptr<llama_firstlayer_fill>> fills;
+};
