@@ -3,7 +3,9 @@
 #include "llama-context.h"
 #include "llama-memory.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <thread>
 
 llama_firstlayer_builder::llama_firstlayer_builder(llama_model & model, uint32_t n_batch) :
     n_seqs(llama_model_is_recurrent(&model) || llama_model_is_hybrid(&model) ? 2 : 1) {
@@ -12,6 +14,7 @@ llama_firstlayer_builder::llama_firstlayer_builder(llama_model & model, uint32_t
     params.n_batch              = n_batch;
     params.n_ubatch             = n_batch;
     params.n_seq_max            = n_seqs;
+    params.n_threads_batch      = std::min<int32_t>(params.n_threads_batch, std::thread::hardware_concurrency());
     params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
 
     ctx.reset(llama_init_from_model(&model, params));

@@ -75,14 +75,16 @@ static llama_firstlayer_fill_graph copy_graph(const std::vector<ggml_tensor *> &
     return res;
 }
 
-llama_firstlayer_fill::llama_firstlayer_fill(const std::vector<llama_firstlayer_fill_graph> & templates,
-                                             const llm_graph_params &                         params) {
+llama_firstlayer_fill::llama_firstlayer_fill(const llama_firstlayer_fill_graph * templates,
+                                             size_t                              n_templates,
+                                             const llm_graph_params &            params) {
     std::vector<ggml_backend_t> backends;
     for (int i = 0; i < ggml_backend_sched_get_n_backends(params.sched); ++i) {
         backends.push_back(ggml_backend_sched_get_backend(params.sched, i));
     }
 
-    for (const auto & from : templates) {
+    for (size_t i = 0; i < n_templates; ++i) {
+        const auto &               from = templates[i];
         std::vector<ggml_tensor *> roots(ggml_graph_nodes(from.gf),
                                          ggml_graph_nodes(from.gf) + ggml_graph_n_nodes(from.gf));
         const size_t               n_tensors = 2 * roots.size() + GGML_DEFAULT_GRAPH_SIZE;
@@ -144,7 +146,7 @@ bool llama_firstlayer_fill::compute(const std::vector<llama_token> & tokens,
 //
 
 std::vector<uint32_t> llama_firstlayer_cache::fill_sizes(bool on_cpu) {
-    return on_cpu ? std::vector<uint32_t>{ 4, 16, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
+    return on_cpu ? std::vector<uint32_t>{ 1, 4, 16, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
 }
 
 std::vector<ggml_tensor *> llama_firstlayer_cache::choose_sites(const llama_firstlayer_walk & walk) {
@@ -167,7 +169,7 @@ llama_firstlayer_cache::llama_firstlayer_cache(ggml_backend_dev_t layer_dev,
                                                size_t             max_bytes) :
     dev(layer_dev),
     slot_of(n_vocab, NONE) {
-    const int64_t n_padding = fill_sizes(on_cpu).front() - 1;
+    const int64_t n_padding = (on_cpu ? 4 : MAX_FILL) - 1;
     const int64_t n_rows    = std::min<int64_t>(max_bytes / (row_width * sizeof(float)), n_vocab + n_padding);
     if (n_rows <= n_padding) {
         throw std::runtime_error(format("%zu KiB hold no row, give at least %zu", max_bytes / 1024,
@@ -225,6 +227,36 @@ bool llama_firstlayer_cache::add_template(ggml_context *                        
     return true;
 }
 
+void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
+    std::vector<llama_token> tokens;
+    std::vector<int32_t>     places;
+    for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), 16 }); ++i) {
+        tokens.push_back(i);
+        places.push_back(i);
+    }
+    const auto rows_of = [&](size_t i) {
+        llama_firstlayer_fill fill(&templates[i], 1, params);
+        std::vector<uint8_t>  res(tokens.size() * rows->nb[1]);
+        if (!fill.compute(tokens, places, n_slots)) {
+            throw std::runtime_error("computing rows failed");
+        }
+        ggml_backend_tensor_get(rows, res.data(), 0, res.size());
+        return res;
+    };
+
+    // the largest that is not mostly padding
+    size_t reference = templates.size() - 1;
+    while (reference > 0 && templates[reference].slots->ne[0] > 16) {
+        reference--;
+    }
+    const auto expected = rows_of(reference);
+    for (size_t i = reference; i-- > 0;) {
+        if (rows_of(i) != expected) {
+            templates.erase(templates.begin() + i);
+        }
+    }
+}
+
 std::shared_ptr<llama_firstlayer_fill> llama_firstlayer_cache::get_fill(const llm_graph_params & params) {
     // the CPU backend, which a context has in any case
     ggml_backend_t key =
@@ -238,7 +270,7 @@ std::shared_ptr<llama_firstlayer_fill> llama_firstlayer_cache::get_fill(const ll
             it = it->second.expired() ? fills.erase(it) : std::next(it);
         }
         try {
-            res        = std::make_shared<llama_firstlayer_fill>(templates, params);
+            res        = std::make_shared<llama_firstlayer_fill>(templates.data(), templates.size(), params);
             fills[key] = res;
         } catch (const std::exception & err) {
             LLAMA_LOG_WARN("%s: the first layer is computed without a cache: %s\n", __func__, err.what());
@@ -535,6 +567,9 @@ void llama_firstlayer::find_cache_sites(llama_model & model) {
         bool added = false;
         show(size, [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
             added = cache->add_template(params.res->get_ctx(), walk, sites);
+            if (added && size == llama_firstlayer_cache::MAX_FILL) {
+                cache->keep_equal_sizes(params);
+            }
         });
         if (!added) {
             throw std::runtime_error("what its graph computes from the token ids depends on the shape of the batch");

@@ -24,7 +24,9 @@ struct llama_firstlayer_fill_graph {
 // The fill graphs of a context, on its backends: rows come from the kernels and the threads that its own graphs run with.
 struct llama_firstlayer_fill {
     // templates: smallest first. Throws std::runtime_error if there is no memory
-    llama_firstlayer_fill(const std::vector<llama_firstlayer_fill_graph> & templates, const llm_graph_params & params);
+    llama_firstlayer_fill(const llama_firstlayer_fill_graph * templates,
+                          size_t                              n_templates,
+                          const llm_graph_params &            params);
 
     // Compute the row of each token into its slot. padding: the first slot of those that hold nothing
     bool compute(const std::vector<llama_token> & tokens, const std::vector<int32_t> & slots, int32_t padding);
@@ -40,8 +42,8 @@ struct llama_firstlayer_fill {
 // Rows of the first layer, computed when their token is first seen, and kept until others need their place. All contexts of a
 // model share it; those on other threads wait while one computes rows.
 struct llama_firstlayer_cache {
-    // Batches in which rows are computed. Rows must not depend on how many are missing, so these have the same kernels: on the
-    // CPU, all multiples of 4 do; on devices, there is but one size.
+    // Batches in which rows are computed. Rows must not depend on how many are missing: on the CPU, all multiples of 4 have the
+    // same kernels, and some types have one for all sizes, see keep_equal_sizes; on devices, there is but one size.
     static constexpr uint32_t    MAX_FILL = 64;
     static std::vector<uint32_t> fill_sizes(bool on_cpu);
 
@@ -56,6 +58,9 @@ struct llama_firstlayer_cache {
     bool add_template(ggml_context *                              ctx,
                       const llama_firstlayer_walk &               walk,
                       const std::vector<llama_firstlayer::site> & sites);
+
+    // Drop the templates that do not compute the rows of some tokens to the same bits as larger ones.
+    void keep_equal_sizes(const llm_graph_params & params);
 
     // Add an input to a graph: the slots of the batch's tokens, I32 [n_tokens]. nullptr if the batch must be computed as usual,
     // because its tokens do not fit or rows cannot be computed.

@@ -321,7 +321,9 @@ ggml_tensor * llama_firstlayer_walk::as_rows(ggml_context * ctx, ggml_tensor * t
             }
         }
     }
-    return ggml_cont_2d(ctx, ggml_permute(ctx, t, place[0], place[1], place[2], place[3]), width(t), n_tokens);
+    ggml_tensor * res = ggml_permute(ctx, t, place[0], place[1], place[2], place[3]);
+    return ggml_is_contiguous(res) ? ggml_reshape_2d(ctx, res, width(t), n_tokens) :
+                                     ggml_cont_2d(ctx, res, width(t), n_tokens);
 }
 
 llama_firstlayer_walk::tensor_set llama_firstlayer_walk::reach(std::vector<const ggml_tensor *> stack,
