@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, PoolingType
-from support.builds import PATCHED, ROOT, STOCK, both, compare, same, session
+from support.builds import PATCHED, ROOT, STOCK, Cached, both, compare, same, session
 from support.command_line import tool
 from support.models import convert
 from support.servers import Requests, serve, server
@@ -28,6 +29,21 @@ Q4_0, Q8_0 = 2, 8  # enum ggml_type
 #
 # one context
 #
+
+
+@pytest.fixture(params=["tables", "row cache"])
+def ours(request, smollm, smollm_flp, tmp_path) -> Path:
+    """SmolLM2 with F32 tables, or with a row cache, under another name than without."""
+    if request.param == "tables":
+        return smollm_flp["f32"]
+    (tmp_path / "cached.gguf").symlink_to(smollm)
+    return Cached(tmp_path / "cached.gguf")
+
+
+@pytest.fixture(params=["tables", "row cache"])
+def made(request, tmp_path) -> Callable[[Path], Path]:
+    """Gives a model F32 tables, or a row cache."""
+    return Cached if request.param == "row cache" else lambda source: convert(source, tmp_path / "flp.gguf", type="f32").output
 
 
 PROMPT: list[Any] = [["decode", [[0], TEXT[:250]]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
@@ -64,18 +80,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_context(name, smollm, smollm_flp):
+def test_context(name, smollm, ours):
     """A real model gives the same bits, whatever the options of the context.
 
     Fails if the rewrite takes the token axis for another one, rows of one sequence for another's, or a graph that is built
     only here is rewritten wrongly or not at all.
     """
     load, context, steps = CASES[name]
-    stock, ours = (
-        session(model, build, steps, load=load, context=context)
-        for model, build in [(smollm, STOCK), (smollm_flp["f32"], PATCHED)]
+    stock, found = (
+        session(model, build, steps, load=load, context=context) for model, build in [(smollm, STOCK), (ours, PATCHED)]
     )
-    assert same(stock, ours)
+    assert same(stock, found)
     assert len(np.unique(stock[0])) > 500
 
 
@@ -131,26 +146,24 @@ MEMORIES = ["mamba-dense", "qwen35-dense", "falcon-h1-dense", "gemma3-dense", "d
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_sequences_of_other_memories(name, archs, tmp_path):
+def test_sequences_of_other_memories(name, archs, made):
     """Recurrent models get batches with an axis for sequences, which must be told apart from the token axis."""
     source = archs / f"{name}.gguf"
-    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     context = {"n_seq_max": 4}
     job = {"run": "session", "steps": SEQUENCES}
     jobs = [job | {"context": context | {"kv_unified": unified, "n_ubatch": 32}} for unified in (True, False)]
-    for stock, ours in compare(source, converted, *jobs):
+    for stock, ours in compare(source, made(source), *jobs):
         assert same(stock, ours)
 
 
 @pytest.mark.parametrize("name", ["smollm", "mamba-dense", "qwen35-dense", "gemma3-dense"])
-def test_saved_state(name, archs, smollm, smollm_flp, tmp_path):
+def test_saved_state(name, archs, smollm, made, tmp_path):
     """A saved context or sequence holds the same bytes, and each model continues from what the other one saved.
 
     Fails if layer 0 writes other keys and values, or if anything that a state holds or is checked against depends on tables.
     """
     source = smollm if name == "smollm" else archs / f"{name}.gguf"
-    converted = smollm_flp["f32"] if name == "smollm" else convert(source, tmp_path / "flp.gguf", type="f32").output
-    sides = {"stock": (source, STOCK), "ours": (converted, PATCHED)}
+    sides = {"stock": (source, STOCK), "ours": (made(source), PATCHED)}
     context = {"n_seq_max": 4, "kv_unified": False}
     go_on = ["decode", [[0], random(5, 3)], [[1], random(7, 4)]]
 
@@ -188,15 +201,15 @@ CHAINS = {
 
 
 @pytest.mark.parametrize(("chain", "backend"), [("greedy", True), ("top-k", False), ("top-k", True), ("grammar", False)])
-def test_samplers(chain, backend, smollm, smollm_flp):
+def test_samplers(chain, backend, smollm, ours):
     """Samplers draw the same tokens, including samplers that are part of the graph, which the rewrite must keep.
 
     Fails if the rewrite drops the nodes of samplers: then no token is drawn in the graph.
     """
     job = {"run": "sample", "chain": CHAINS[chain], "backend": backend, "prompt": "The answer is", "n_predict": 24}
-    ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
-    assert stock == ours
-    assert ours[1] == (24 if backend else 0)
+    ((stock, found),) = compare(smollm, ours, job)
+    assert stock == found
+    assert found[1] == (24 if backend else 0)
 
 
 #
@@ -255,17 +268,17 @@ TEXTS: dict[str, list[object]] = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_completion(name, smollm, smollm_flp, control_vector):
+def test_completion(name, smollm, ours, control_vector):
     """Options of llama-completion have an effect, and it is the same."""
     options = TEXTS[name] + (["--control-vector", control_vector] if name == "control vector" else [])
-    source, converted = both(lambda model: complete(model, *options), smollm, smollm_flp["f32"])
+    source, converted = both(lambda model: complete(model, *options), smollm, ours)
     assert source == converted
     assert source != complete(smollm, *TEXTS[name][:2])
 
 
-def test_prompt_cache(smollm, smollm_flp, tmp_path):
+def test_prompt_cache(smollm, ours, tmp_path):
     """llama-completion continues from a saved prompt, its own or the source's."""
-    caches = {model: tmp_path / model.stem for model in (smollm, smollm_flp["f32"])}
+    caches = {model: tmp_path / model.stem for model in (smollm, ours)}
 
     def start(model: Path) -> str:
         return complete(model, "-p", TEXT[:300], "-n", 16, "--prompt-cache", caches[model])
@@ -282,16 +295,16 @@ def test_prompt_cache(smollm, smollm_flp, tmp_path):
         assert a == b != source
 
 
-def test_chat(smollm, smollm_flp):
+def test_chat(smollm, ours):
     """llama-cli gives the same answer; its output before that names the file."""
     options = ["-t", 1, "-st", "-p", "What is the capital of France?", "-n", 24, "--temp", 0, "-c", 512, "--no-show-timings"]
-    printed = both(lambda model: tool("llama-cli", "-m", model, *options), smollm, smollm_flp["f32"])
+    printed = both(lambda model: tool("llama-cli", "-m", model, *options), smollm, ours)
     source, converted = (text.split("\n> ", 1)[1] for text in printed)
     assert source == converted
     assert len(source) > 60
 
 
-def test_perplexity(smollm, smollm_flp, tmp_path):
+def test_perplexity(smollm, ours, tmp_path):
     """Every digit of the perplexity is the same, and so are the probabilities that llama-perplexity saves."""
 
     def measure(model: Path) -> tuple[list[str], bytes]:
@@ -299,12 +312,12 @@ def test_perplexity(smollm, smollm_flp, tmp_path):
         options = ["-m", model, "-t", 1, "-f", FILE, "-c", 128, "--chunks", 2, "--save-all-logits", saved]
         return re.findall("Final estimate: PPL = .*", tool("llama-perplexity", *options, log=True)), saved.read_bytes()
 
-    source, converted = both(measure, smollm, smollm_flp["f32"])
+    source, converted = both(measure, smollm, ours)
     assert source == converted
     assert len(source[0]) == 1
 
 
-def test_imatrix(smollm, smollm_flp, tmp_path):
+def test_imatrix(smollm, ours, tmp_path):
     """An importance matrix has the source's values for all weights except the elided ones, which are not used.
 
     Fails if a weight is collected under another name or with other activations, or if an elided one is read after all.
@@ -315,10 +328,10 @@ def test_imatrix(smollm, smollm_flp, tmp_path):
         tool("llama-imatrix", "-m", model, "-t", 1, "-f", FILE, "-c", 128, "--chunks", 2, "-o", path, "--no-ppl")
         return {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors}
 
-    source, converted = both(collect, smollm, smollm_flp["f32"])
+    source, converted = both(collect, smollm, ours)
     assert converted == {name: source[name] for name in converted}
     gone = {name.rsplit(".", 1)[0] for name in set(source) - set(converted)}
-    assert gone == {f"blk.0.attn_{which}.weight" for which in "qkv"}
+    assert gone == (set() if isinstance(ours, Cached) else {f"blk.0.attn_{which}.weight" for which in "qkv"})
 
 
 @pytest.mark.parametrize("limit", [["--split-max-tensors", 10], ["--split-max-size", "60M"]], ids=["tensors", "size"])
@@ -400,10 +413,10 @@ SERVED: dict[str, tuple[list[object], Requests]] = {
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_server(name, smollm, smollm_flp):
+def test_server(name, smollm, ours):
     """llama-server answers the same, to the last digit of the probabilities of each token."""
     options, requests = SERVED[name]
-    source, converted = both(lambda model: serve(model, requests, *options), smollm, smollm_flp["f32"])
+    source, converted = both(lambda model: serve(model, requests, *options), smollm, ours)
     assert source == converted
     flat = [answer for answers in source for answer in (answers if isinstance(answers, list) else [answers])]
     assert all(answer.get("content") or answer.get("choices") for answer in flat)
@@ -413,7 +426,7 @@ def test_server(name, smollm, smollm_flp):
         assert flat[0]["timings"]["predicted_n"] == 120
 
 
-def test_slots_join_and_leave(smollm, smollm_flp):
+def test_slots_join_and_leave(smollm, ours):
     """Requests that arrive while others are computed get the text that the source gives each of them alone.
 
     Batches are put together by chance here, which changes logits by rounding. So each token of these texts is at least half
@@ -427,7 +440,7 @@ def test_slots_join_and_leave(smollm, smollm_flp):
             first, second = (top["logprob"] for top in token["top_logprobs"][:2])
             assert first - second > 0.5
 
-    with server(smollm_flp["f32"], *SLOTS, "--metrics") as post, ThreadPoolExecutor(len(requests)) as pool:
+    with server(ours, *SLOTS, "--metrics") as post, ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(lambda request: post(*request), requests))
         metrics = post("/metrics")
     for one, other in zip(alone, together, strict=True):
@@ -435,10 +448,10 @@ def test_slots_join_and_leave(smollm, smollm_flp):
     assert float(re.search(r"^llamacpp:n_busy_slots_per_decode ([\d.]+)", metrics, re.M)[1]) > 1.5
 
 
-def test_saved_slot(smollm, smollm_flp, tmp_path):
+def test_saved_slot(smollm, ours, tmp_path):
     """A slot that one model saved is restored by the other one, which continues with the same probabilities."""
     options = ["-np", 2, "-c", 1024, "--slot-save-path", f"{tmp_path}/"]
-    others = {smollm: smollm_flp["f32"], smollm_flp["f32"]: smollm}
+    others = {smollm: ours, ours: smollm}
     start, go_on = prompt(TEXT[:500], id_slot=0), prompt(TEXT[:560], id_slot=1)
 
     def exchange(model: Path) -> Any:
@@ -454,29 +467,29 @@ def test_saved_slot(smollm, smollm_flp, tmp_path):
     assert source == converted
 
 
-@pytest.mark.parametrize("target", ["source", "converted"])
-def test_draft_model(target, smollm, smollm_flp):
-    """A converted draft model proposes what the source proposes, so as many tokens are accepted.
+@pytest.mark.parametrize("target", ["source", "faster"])
+def test_draft_model(target, smollm, ours):
+    """A draft model with tables or a cache proposes what the source proposes, so as many tokens are accepted.
 
     The text alone would say nothing about the draft model, since the target corrects it.
     """
-    model = {"source": smollm, "converted": smollm_flp["f32"]}[target]
+    model = {"source": smollm, "faster": ours}[target]
     requests = [prompt(text, 32, n_probs=0) for text in PROMPTS[:2]]
     options = ["-np", 1, "-c", 1024, "-td", 1, "--spec-type", "draft-simple", "--spec-draft-n-max", 6]
-    plain, ours = both(lambda draft: serve(model, requests, *options, "-md", draft), smollm, smollm_flp["f32"])
-    assert plain == ours
-    for answer in ours:
+    plain, found = both(lambda draft: serve(model, requests, *options, "-md", draft), smollm, ours)
+    assert plain == found
+    for answer in found:
         assert answer["timings"]["draft_n_accepted"] > 10
-    assert serve(model, requests, "-np", 1, "-c", 1024)[1]["content"] == ours[1]["content"]
+    assert serve(model, requests, "-np", 1, "-c", 1024)[1]["content"] == found[1]["content"]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_embeddings(pooling, smollm, smollm_flp):
+def test_embeddings(pooling, smollm, ours):
     """/v1/embeddings gives the same vectors."""
     texts = [TEXT[:300], "Once", TEXT[300:340], "The capital of France is"]
     request = ("/v1/embeddings", {"input": texts})
     options = ["--embeddings", "--pooling", pooling, "-np", 4, "-c", 2048]
-    (source,), (converted,) = both(lambda model: serve(model, [request], *options), smollm, smollm_flp["f32"])
+    (source,), (converted,) = both(lambda model: serve(model, [request], *options), smollm, ours)
     assert source["data"] == converted["data"]
     vectors = np.array([entry["embedding"] for entry in source["data"]])
     assert vectors.shape == (4, 576)
@@ -521,21 +534,19 @@ def reranker(smollm, tmp_path_factory) -> Path:
     return path
 
 
-def test_reranking(reranker, tmp_path):
+def test_reranking(reranker, made):
     """A model with a classifier gives the same scores, in the library and over HTTP."""
-    converted = convert(reranker, tmp_path / "flp.gguf", type="f32")
-    assert "blk.0.attn_q_norm.weight" in {weight.name for weight in converted.elided}
-
+    converted = made(reranker)
     context = {"embeddings": True, "pooling_type": PoolingType.RANK, "n_seq_max": 4, "kv_unified": True}
-    stock, ours = (
-        session(model, build, EMBED[:1], context=context) for model, build in [(reranker, STOCK), (converted.output, PATCHED)]
+    stock, found = (
+        session(model, build, EMBED[:1], context=context) for model, build in [(reranker, STOCK), (converted, PATCHED)]
     )
-    assert same(stock, ours)
+    assert same(stock, found)
     assert stock[0].shape == (3, 2)
     assert np.ptp(stock[0][:, 0]) > 1e-3
 
     body = {"query": "Which birds came?", "documents": [TEXT[:300], "starlings", TEXT[300:340]]}
     options = ["--rerank", "-np", 4, "-c", 2048]
-    source, answer = both(lambda model: serve(model, [("/v1/rerank", body)], *options), reranker, converted.output)
+    source, answer = both(lambda model: serve(model, [("/v1/rerank", body)], *options), reranker, converted)
     assert source == answer
     assert len({result["relevance_score"] for result in source[0]["results"]}) == 3

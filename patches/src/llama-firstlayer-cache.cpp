@@ -441,7 +441,8 @@ static bool is_other_graph(const llama_model & model, const llm_graph_params & p
 }
 
 bool llama_firstlayer_cache::serves(const llama_model & model, const llm_graph_params & params) const {
-    if (is_other_graph(model, params)) {
+    // a callback wants to see every node, as for an importance matrix
+    if (is_other_graph(model, params) || params.cparams.cb_eval) {
         return false;
     }
     // weights that are trained change

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from support.builds import PATCHED, ROOT
+from support.builds import CACHE_SIZE, PATCHED, ROOT, Cached
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -27,9 +28,14 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1]
 
 
+def cache_option(arguments: Iterable[object]) -> list[object]:
+    """The option that gives a model a row cache, if one among the arguments is to have it."""
+    return ["--firstlayer-cache", CACHE_SIZE] if any(isinstance(argument, Cached) for argument in arguments) else []
+
+
 def tool(name: str, *arguments: object, log: bool = False) -> str:
     """What a tool of the patched build prints, or its log."""
-    command = [str(PATCHED / name), *map(str, arguments)]
+    command = [str(PATCHED / name), *map(str, [*arguments, *cache_option(arguments)])]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stderr if log else done.stdout
