@@ -1,4 +1,4 @@
-"""What needs the weights that tables replace: LoRA on layer 0, and vectors as input instead of tokens. Also requantizing."""
+"""What needs the weights that rows replace: LoRA on layer 0, and vectors as input instead of tokens. Also requantizing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
-from support.builds import PATCHED, compare, run
+from support.builds import PATCHED, Cached, compare, run
 from support.models import convert
 
 
@@ -40,8 +40,11 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="session")
-def kept(smollm, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session", params=["tables", "row cache"])
+def kept(request, smollm, tmp_path_factory) -> Path:
+    """SmolLM2 with all its weights and F32 tables, or a row cache."""
+    if request.param == "row cache":
+        return Cached(smollm)
     return convert(smollm, tmp_path_factory.mktemp("kept") / "kept.gguf", type="f32", keep_weights=True).output
 
 
@@ -60,8 +63,9 @@ def test_adapters_on_kept_weights(adapters, smollm, kept):
     assert [np.array_equal(stock[0], logits) for logits in stock] == [True, False, False, False, True]
 
 
-def test_adapter_of_the_embedding(adapters, llama, tmp_path):
-    converted = convert(llama, tmp_path / "kept.gguf", type="f32", keep_weights=True).output
+@pytest.mark.parametrize("cached", [False, True])
+def test_adapter_of_the_embedding(cached, adapters, llama, tmp_path):
+    converted = Cached(llama) if cached else convert(llama, tmp_path / "kept.gguf", type="f32", keep_weights=True).output
     job = {"run": "adapted", "tokens": {"count": 20, "seed": 1}, "adapters": [adapters["embedding"]], "sets": [[[0, 1.0]], []]}
     ((stock, ours),) = compare(llama, converted, job)
     assert all(map(np.array_equal, stock, ours))
@@ -90,9 +94,14 @@ STEPS = [["decode", [[0], {"count": 9, "seed": 1}]], ["embed", 9, 12, 2], ["deco
 
 @pytest.mark.parametrize("name", ["smollm", "gemma3-dense", "gemma4-dense", "command-r-dense", "mamba-dense"])
 def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
-    """Vectors, such as those of images, come between tokens: with kept weights, everything is as without tables."""
+    """Vectors, such as those of images, come between tokens: with the weights there, everything is as without rows."""
     source = smollm if name == "smollm" else archs / f"{name}.gguf"
-    converted = kept if name == "smollm" else convert(source, tmp_path / "x.gguf", type="f32", keep_weights=True).output
+    if name == "smollm":
+        converted = kept
+    elif isinstance(kept, Cached):
+        converted = Cached(source)
+    else:
+        converted = convert(source, tmp_path / "x.gguf", type="f32", keep_weights=True).output
     ((stock, ours),) = compare(source, converted, {"run": "session", "steps": STEPS})
     assert all(map(np.array_equal, stock, ours))
 

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from architectures import differences
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from support.builds import compare
 from support.command_line import cli, refusal, split
 from support.figures import REPORT
-from support.models import convert, rewrite
+from support.models import convert, quantized
 
 from gguf_firstlayer import FirstLayerError, inspect
 from gguf_firstlayer.file_format import TYPES
-from gguf_firstlayer.runtime import library
-
-
-def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
-    """A copy of an F32 model with its attention matrices in another type."""
-    block, size = GGML_QUANT_SIZES[kind]
-    quantize = library().ggml.ggml_quantize_chunk
-
-    def convert_tensor(name: str, data: np.ndarray) -> np.ndarray:
-        width = data.shape[-1]
-        if data.ndim < 2 or ".attn_" not in name or width % block or kind == GGMLQuantizationType.F32:
-            return data
-        rows = np.ascontiguousarray(data.reshape(-1, width))
-        out = np.empty((len(rows), width // block * size), dtype=np.uint8)
-        importance = np.ones(width, dtype=np.float32)  # required by the smallest types
-        quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), width, importance.ctypes.data)
-        return out.reshape(*data.shape[:-1], -1)
-
-    return rewrite(source, target, change_tensor=convert_tensor, change_type=kind)
 
 
 @pytest.mark.parametrize("kind", TYPES)

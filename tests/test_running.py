@@ -19,7 +19,7 @@ from gguf import GGUFReader, GGUFWriter, PoolingType
 from support.builds import PATCHED, ROOT, STOCK, Cached, both, compare, same, session
 from support.command_line import tool
 from support.models import convert
-from support.servers import Requests, serve, server
+from support.servers import Requests, prompt, serve, server
 
 FILE = ROOT / "tests" / "text.txt"
 TEXT = FILE.read_text()
@@ -374,11 +374,6 @@ def test_benchmarks(smollm_flp):
 #
 # server
 #
-
-
-def prompt(text: str | list[str], n_predict: int = 16, **options: Any) -> tuple[str, Any]:
-    body = {"prompt": text, "n_predict": n_predict, "temperature": 0, "seed": 1, "n_probs": 3}
-    return "/completion", body | options
 
 
 # of unequal length, more than there are slots; a list of prompts enters the queue at once, so batches are always the same

@@ -146,7 +146,7 @@ bool llama_firstlayer_fill::compute(const std::vector<llama_token> & tokens,
 //
 
 std::vector<uint32_t> llama_firstlayer_cache::fill_sizes(bool on_cpu) {
-    return on_cpu ? std::vector<uint32_t>{ 1, 4, 16, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
+    return on_cpu ? std::vector<uint32_t>{ 1, 2, 4, 8, 16, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
 }
 
 std::vector<ggml_tensor *> llama_firstlayer_cache::choose_sites(const llama_firstlayer_walk & walk) {
@@ -169,13 +169,12 @@ llama_firstlayer_cache::llama_firstlayer_cache(ggml_backend_dev_t layer_dev,
                                                size_t             max_bytes) :
     dev(layer_dev),
     slot_of(n_vocab, NONE) {
-    const int64_t n_padding = (on_cpu ? 4 : MAX_FILL) - 1;
-    const int64_t n_rows    = std::min<int64_t>(max_bytes / (row_width * sizeof(float)), n_vocab + n_padding);
-    if (n_rows <= n_padding) {
-        throw std::runtime_error(format("%zu KiB hold no row, give at least %zu", max_bytes / 1024,
-                                        (n_padding + 1) * row_width * sizeof(float) / 1024 + 1));
+    const size_t row_size = row_width * sizeof(float);
+    n_slots               = std::min<int64_t>(max_bytes / row_size, n_vocab);
+    if (n_slots < 1) {
+        throw std::runtime_error(format("a row takes %zu bytes, more than the cache of %zu", row_size, max_bytes));
     }
-    n_slots = n_rows - n_padding;
+    const int64_t n_rows = n_slots + (on_cpu ? MAX_PADDED_FILL : MAX_FILL) - 1;
 
     const ggml_init_params params = {
         /*.mem_size   =*/8 * ggml_tensor_overhead(),
@@ -230,7 +229,7 @@ bool llama_firstlayer_cache::add_template(ggml_context *                        
 void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
     std::vector<llama_token> tokens;
     std::vector<int32_t>     places;
-    for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), 16 }); ++i) {
+    for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), MAX_PADDED_FILL }); ++i) {
         tokens.push_back(i);
         places.push_back(i);
     }
@@ -246,8 +245,11 @@ void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
 
     // the largest that is not mostly padding
     size_t reference = templates.size() - 1;
-    while (reference > 0 && templates[reference].slots->ne[0] > 16) {
+    while (reference > 0 && templates[reference].slots->ne[0] > MAX_PADDED_FILL) {
         reference--;
+    }
+    if (reference == 0) {
+        return;
     }
     const auto expected = rows_of(reference);
     for (size_t i = reference; i-- > 0;) {
@@ -383,8 +385,9 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
 llama_firstlayer_cache_data llama_firstlayer_cache::get_data() const {
     const std::lock_guard<std::mutex> lock(mutex);
 
-    const int64_t n_rows = slots.size();
-    return { n_rows, n_slots, n_hits, n_misses, (int64_t) (n_rows * rows->nb[1]), (int64_t) ggml_nbytes(rows), t_us };
+    const int64_t n_rows   = slots.size();
+    const int64_t row_size = rows->nb[1];
+    return { n_rows, n_slots, n_hits, n_misses, n_rows * row_size, n_slots * row_size, t_us };
 }
 
 //

@@ -42,15 +42,16 @@ struct llama_firstlayer_fill {
 // Rows of the first layer, computed when their token is first seen, and kept until others need their place. All contexts of a
 // model share it; those on other threads wait while one computes rows.
 struct llama_firstlayer_cache {
-    // Batches in which rows are computed. Rows must not depend on how many are missing: on the CPU, all multiples of 4 have the
-    // same kernels, and some types have one for all sizes, see keep_equal_sizes; on devices, there is but one size.
-    static constexpr uint32_t    MAX_FILL = 64;
+    // Batches in which rows are computed. Rows must not depend on how many are missing: of the sizes on the CPU, those are kept
+    // that have the kernels of large batches, see keep_equal_sizes; on devices, there is but one.
+    static constexpr uint32_t    MAX_FILL        = 64;
+    static constexpr int32_t     MAX_PADDED_FILL = 16;
     static std::vector<uint32_t> fill_sizes(bool on_cpu);
 
     // the sites of a graph at the price of F32 rows in memory
     static std::vector<ggml_tensor *> choose_sites(const llama_firstlayer_walk & walk);
 
-    // max_bytes: of memory for rows. Throws std::runtime_error if there is none, or no room for a row
+    // max_bytes: of memory for rows; a few for padding come on top. Throws std::runtime_error if there is none, or no room
     llama_firstlayer_cache(ggml_backend_dev_t dev, int64_t row_width, int64_t n_vocab, bool on_cpu, size_t max_bytes);
 
     // Keep a copy of the nodes that compute the sites of a graph, to compute rows in batches of this size. False if a site is

@@ -19,14 +19,14 @@ COUNTED = Path(__file__).resolve().parent.parent.parent / "build" / "counted" / 
 TOKENS = (2, 6)
 
 
-def instructions(path: Path) -> float:
-    """Instructions to decode a token, as callgrind counts them, on one thread."""
+def instructions(path: Path, *, cached: bool = False) -> float:
+    """Instructions to decode a token, as callgrind counts them, on one thread; with a row cache, one whose row is there."""
     counts = []
     for n in TOKENS:
         with tempfile.TemporaryDirectory() as folder:
             command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", "--toggle-collect=llama_decode"]
             done = subprocess.run(
-                [*command, sys.executable, __file__, str(path), str(n)],
+                [*command, sys.executable, __file__, str(path), str(n), *(["cached"] if cached else [])],
                 env=os.environ | {"LD_LIBRARY_PATH": str(COUNTED)},
                 capture_output=True,
                 text=True,
@@ -65,7 +65,7 @@ def _referenced(path: Path) -> int:
 
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
-    with Decoder(path, 64, 16, 1) as run:
+    with Decoder(path, 64, 16, 1, cache=64.0 if len(sys.argv) > 3 else 0.0) as run:
         if len(sys.argv) > 2:
             run.time([7] * int(sys.argv[2]), 1)
             return

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import gguf_firstlayer
 from gguf_firstlayer import Conversion
+from gguf_firstlayer.runtime import library
 from support.builds import ROOT, STOCK
 
 
@@ -60,3 +61,21 @@ def write_archs(folder: Path) -> None:
         capture_output=True,
         env=environment,
     )
+
+
+def quantized(source: Path, target: Path, kind: GGMLQuantizationType) -> Path:
+    """A copy of an F32 model with its attention matrices in another type."""
+    block, size = GGML_QUANT_SIZES[kind]
+    quantize = library().ggml.ggml_quantize_chunk
+
+    def convert_tensor(name: str, data: np.ndarray) -> np.ndarray:
+        width = data.shape[-1]
+        if data.ndim < 2 or ".attn_" not in name or width % block or kind == GGMLQuantizationType.F32:
+            return data
+        rows = np.ascontiguousarray(data.reshape(-1, width))
+        out = np.empty((len(rows), width // block * size), dtype=np.uint8)
+        importance = np.ones(width, dtype=np.float32)  # required by the smallest types
+        quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), width, importance.ctypes.data)
+        return out.reshape(*data.shape[:-1], -1)
+
+    return rewrite(source, target, change_tensor=convert_tensor, change_type=kind)

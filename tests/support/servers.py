@@ -107,3 +107,9 @@ def serve(model: Path, requests: Requests, *options: object) -> list[Any]:
     """Answers to requests, sent one after the other to a new server."""
     with server(model, *options) as post:
         return [essence(post(path, body)) for path, body in requests]
+
+
+def prompt(text: str | list[str], n_predict: int = 16, **options: Any) -> tuple[str, Any]:
+    """A request for a greedy completion."""
+    body = {"prompt": text, "n_predict": n_predict, "temperature": 0, "seed": 1, "n_probs": 3}
+    return "/completion", body | options

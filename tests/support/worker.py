@@ -11,6 +11,8 @@ import json
 import os
 import pickle
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import llama_cpp
 import numpy as np
@@ -55,8 +57,8 @@ class Model:
         """A model with its sidecar, if it has one; with a row cache of `cache` MiB or "auto", or of `cache_rows` rows."""
         params = llama_cpp.llama_model_default_params()
         if cache_rows and (cached := cache_data(Model(path, cache=4096, **options))):
-            cache = (cache_rows + 3.5) * cached["n_bytes_max"] / (cached["n_rows_max"] + 3) / 2**20  # 3 are for padding
-        self.overrides = (llama_cpp.llama_model_kv_override * 2)()
+            cache = (cache_rows + 0.5) * cached["n_bytes_max"] / cached["n_rows_max"] / 2**20
+        self.overrides = (llama_cpp.llama_model_kv_override * 3)()  # the last one ends them
         if sidecar:
             self.override("firstlayer.file", sidecar)
         if cache:
@@ -76,9 +78,10 @@ class Model:
     def override(self, key, value):
         kinds = {str: ("STR", "val_str"), int: ("INT", "val_i64"), float: ("FLOAT", "val_f64")}
         tag, field = kinds[type(value)]
-        self.overrides[0].tag = getattr(llama_cpp, f"LLAMA_KV_OVERRIDE_TYPE_{tag}")
-        self.overrides[0].key = key.encode()
-        setattr(self.overrides[0].value, field, value.encode() if isinstance(value, str) else value)
+        place = next(override for override in self.overrides if not override.key)
+        place.tag = getattr(llama_cpp, f"LLAMA_KV_OVERRIDE_TYPE_{tag}")
+        place.key = key.encode()
+        setattr(place.value, field, value.encode() if isinstance(value, str) else value)
 
     def context(self, trace=None, n_ctx=1024, **options):
         params = llama_cpp.llama_context_default_params()
@@ -239,7 +242,7 @@ def graph(job):
 
     size: batch size; by default, all tokens at once
     """
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
     op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     nodes = []
@@ -270,7 +273,7 @@ def graph(job):
 
 def embeddings(job):
     """Status and messages of llama_decode on a batch of vectors instead of tokens."""
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     context = model.context()
     rows = np.ones((4, llama_cpp.llama_model_n_embd(model.model)), dtype=np.float32)
     status = decode(context, [0] * 4, 0, embd=rows)
@@ -284,7 +287,7 @@ def adapted(job):
     """Logits of a prompt for each set of LoRA adapters, [index, scale]..., which are switched in one context. If llama.cpp
     rejects an adapter, its messages.
     """
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     adapters = []
     for path in job["adapters"]:
         adapters.append(llama_cpp.llama_adapter_lora_init(model.model, path.encode()))
@@ -406,6 +409,7 @@ def session(job):
     embed first count seed                      one llama_decode of random vectors instead of tokens, as for images
     resident                                    resident bytes of the process
     control seed                                a random control vector
+    cache                                       hits and misses of the row cache
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
     model = Model(job["model"], **job.get("load", {}))
@@ -438,6 +442,9 @@ def session(job):
             starts = [i for i, line in enumerate(lines) if line[-1] == arguments[0]]
             sizes = [next(line for line in lines[start:] if line[0] == "Rss:")[1] for start in starts]
             results.append(np.array([1024 * sum(map(int, sizes))]))
+        elif step == "cache":
+            data = cache_data(model)
+            results.append(np.array([data["n_hits"], data["n_misses"]]))
         elif step == "save":
             save(context, *arguments)
         elif step == "load":
@@ -451,9 +458,44 @@ def session(job):
     return results
 
 
+def contexts(job):
+    """Logits of texts, each in batches of 16 in contexts of its own, made and freed by its own thread several times."""
+    model = Model(job["model"], **job.get("load", {}))
+
+    def run(text):
+        results = []
+        for _ in range(job["times"]):
+            context = model.context(n_ubatch=16)
+            assert decode(context, model.tokens(text)) == 0
+            n = len(model.tokens(text))
+            results.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n, model.n_vocab)).copy())
+            llama_cpp.llama_free(context)
+        return results
+
+    with ThreadPoolExecutor(len(job["texts"])) as pool:
+        results = list(pool.map(run, job["texts"]))
+    data = cache_data(model)
+    model.close()
+    return results, data
+
+
+def saved(job):
+    """Bytes of the file that llama.cpp writes of a loaded model, after it decoded some tokens."""
+    model = Model(job["model"], **job.get("load", {}))
+    context = model.context()
+    assert decode(context, model.tokens(job["tokens"])) == 0
+    llama_cpp.llama_free(context)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "saved.gguf")
+        llama_cpp.llama_model_save_to_file(model.model, path.encode())
+        model.close()
+        with open(path, "rb") as file:
+            return file.read()
+
+
 def sample(job):
     """Token ids that a chain of samplers draws, and how many of them were sampled in the graph ("backend")."""
-    model = Model(job["model"])
+    model = Model(job["model"], **job.get("load", {}))
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     for name, *arguments in job["chain"]:
         if name == "grammar":

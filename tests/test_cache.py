@@ -1,0 +1,229 @@
+"""The row cache: rows of the first layer that are computed when their token is first seen, on any model as it is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import architectures
+import numpy as np
+import pytest
+from support.builds import PATCHED, ROOT, STOCK, Cached, both, run, same, session
+from support.command_line import tool
+from support.counting import COUNTED, can_count, instructions
+from support.models import convert, quantized
+from support.servers import prompt, server
+
+from gguf_firstlayer import FirstLayerError, bench, plan, verify
+from gguf_firstlayer.file_format import TYPES
+
+TEXT = (ROOT / "tests" / "text.txt").read_text()
+
+DOCUMENTED = architectures.read()
+# whose ids are not the batch's tokens, or whose output changes from run to run
+OTHER_IDS, RANDOM = {"graniteswitch-dense"}, {"eagle3-dense"}
+
+TOKENS = {"count": 100, "seed": 1}
+SMALL = 40
+
+
+@pytest.mark.parametrize("name", sorted(set(DOCUMENTED) - RANDOM))
+def test_architecture(name, archs):
+    """Outputs equal the stock library's under the exactness rule, with a cache that holds all rows and one that evicts.
+
+    Fails if a row belongs to another token, is overwritten while it is needed, or its values are in another order; or if
+    an architecture that has sites is not cached.
+    """
+    job = {"run": "outputs", "model": archs / f"{name}.gguf", "tokens": TOKENS, "batches": [1, 7, 64, "parallel"]}
+    jobs = [job | {"load": load} for load in ({"cache": 64}, {"cache_rows": SMALL})]
+    (stock,), (large, small) = both(lambda side: run(*side), (STOCK, job), (PATCHED, *jobs))
+    for cached in (large, small):
+        assert np.array_equal(stock[7], cached[7])
+        assert np.array_equal(stock[64], cached[64])
+        if stock["parallel"] is not None:
+            assert np.array_equal(stock["parallel"], cached["parallel"])
+        own = max(architectures.distance(stock[1], stock[size]) for size in job["batches"] if stock[size] is not None)
+        assert architectures.distance(stock[1], cached[1]) <= 1.5 * own
+    # rows do not depend on when they were computed, nor on what was evicted before
+    for size in job["batches"]:
+        assert stock[size] is None or np.array_equal(large[size], small[size])
+
+    has_sites = "| none:" not in DOCUMENTED[name] and name not in OTHER_IDS
+    assert (large["cache"] is not None) == has_sites
+    if has_sites:
+        assert large["cache"]["n_misses"] == large["cache"]["n_rows"] > SMALL
+        assert small["cache"]["n_rows"] == SMALL
+        assert small["cache"]["n_misses"] > large["cache"]["n_misses"]
+        assert min(large["cache"]["n_hits"], small["cache"]["n_hits"]) > 0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_when_rows_are_computed(kind, llama, tmp_path):
+    """A prompt has the same logits whatever came before it: rows that were computed alone equal those of a batch.
+
+    Fails if rows of single tokens come from kernels for single tokens that round differently.
+    """
+    model = Cached(quantized(llama, tmp_path / "model.gguf", TYPES[kind]))
+    text = {"count": 50, "seed": 3}
+    alone = [["decode", [[0], [token]]] for token in range(0, 128, 3)]
+    first = session(model, PATCHED, [["decode", [[0], text]]])
+    later = session(model, PATCHED, [*alone, ["rm", 0, -1, -1], ["decode", [[0], text]]])
+    assert same(first, later[-1:])
+
+
+def test_contexts_on_threads(smollm):
+    """Contexts share the rows of a model, whoever computed them, and are freed in any order. Fails if one overwrites, or
+    reads before they are complete, rows of another.
+    """
+    texts = [TEXT[i * 100 : i * 100 + 400] for i in range(4)]
+    job = {"run": "contexts", "model": smollm, "texts": texts, "times": 3}
+    ((expected, _),) = run(STOCK, job)
+    for load in ({"cache": 16}, {"cache_rows": 70}):
+        ((found, data),) = run(PATCHED, job | {"load": load})
+        assert all(map(same, expected, found))
+        assert data["n_hits"] > data["n_misses"] > 0
+        assert data["n_rows"] <= data["n_rows_max"]
+
+
+def test_a_batch_that_does_not_fit(smollm):
+    """It is computed as usual, evicts nothing, and the batches after it are cached again."""
+    few, many = {"count": 20, "seed": 1}, {"count": 100, "seed": 2}
+    steps = [["decode", [[0], few]], ["cache"], ["decode", [[0], many]], ["cache"], ["decode", [[0], few]], ["cache"]]
+    cached = session(smollm, PATCHED, steps, load={"cache_rows": 30})
+    assert [list(counts) for counts in cached[1::2]] == [[0, 20], [0, 20], [20, 20]]
+    decodes = [step for step in steps if step[0] == "decode"]
+    assert same(cached[::2], session(smollm, STOCK, decodes))
+
+
+def test_graphs_are_reused(smollm):
+    """Fails if a cache makes llama.cpp build a graph for every token."""
+    options = ["-t", 1, "-no-cnv", "-c", 256, "-n", 40, "-p", "Once upon a time", "--temp", 0]
+    logs = both(lambda model: tool("llama-completion", "-m", model, *options, log=True), smollm, Cached(smollm))
+    reused = [int(re.search(r"graphs reused = +(\d+)", log)[1]) for log in logs]
+    assert reused[0] == reused[1] > 30
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_memory_is_touched_when_used(smollm):
+    steps = [["decode", [[0], [1, 2, 3]]], ["resident"]]
+    small, large = (session(smollm, PATCHED, steps, load={"cache": size})[1][0] for size in (1, 180))
+    assert abs(large - small) < 20 << 20
+
+
+def test_tables_are_not_cached(smollm_flp, smollm, tmp_path):
+    """A converted model, and one with a sidecar, take their rows from tables."""
+    tables = convert(smollm, tmp_path / "x.gguf", type="q8_0", sidecar=True).output
+    job = {"run": "outputs", "tokens": TOKENS, "batches": [64]}
+    converted, beside = run(
+        PATCHED,
+        job | {"model": smollm_flp["q8_0"], "load": {"cache": 16}},
+        job | {"model": smollm, "load": {"cache": 16, "sidecar": str(tables)}},
+    )
+    assert converted["cache"] is None
+    assert beside["cache"] is None
+    assert np.array_equal(converted[64], beside[64])
+
+
+def test_saving(llama):
+    """llama_model_save_to_file writes what it would without a cache."""
+    job = {"run": "saved", "model": llama, "tokens": TOKENS}
+    assert run(STOCK, job) == run(PATCHED, job | {"load": {"cache": 16}})
+
+
+#
+# what users see
+#
+
+
+def test_reports(smollm):
+    """The load, the timings and /metrics say what the cache does, in numbers that fit together."""
+    options = ["-t", 1, "-no-cnv", "-c", 256, "-n", 8, "-p", "one two one two one two", "--temp", 0]
+    log = tool("llama-completion", "-m", Cached(smollm), *options, log=True)
+    assert log.count("rows of the first layer are cached (3 sites, up to 273 rows in 1.0 MiB)") == 1
+    found = re.search(r"first layer = (\d+) of 273 rows cached .* (\d+) hits, (\d+) misses", log)
+    rows, hits, misses = map(int, found.groups())
+    assert hits > 0
+    assert rows == misses > 1
+
+    path, body = prompt("one two one two")
+    with server(Cached(smollm), "-np", 1, "-c", 256, "--metrics") as post:
+        post(path, body)
+        metrics = dict(re.findall(r"^llamacpp:firstlayer_cache_(\w+) ([\d.e+-]+)$", post("/metrics"), re.M))
+    assert float(metrics["hits_total"]) > 0
+    assert float(metrics["misses_total"]) == float(metrics["rows"]) > 1
+    assert float(metrics["bytes"]) == float(metrics["rows"]) * 960 * 4
+    assert float(metrics["seconds_total"]) > 0
+
+
+def test_no_report_without_a_cache(smollm):
+    log = tool("llama-completion", "-m", smollm, "-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x", log=True)
+    assert "first layer" not in log
+    with server(smollm, "-np", 1, "-c", 256, "--metrics") as post:
+        assert "firstlayer" not in post("/metrics")
+
+
+def complete(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [PATCHED / "llama-completion", "-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x", *options]
+    return subprocess.run([*map(str, command)], env=environment, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+
+def test_options(smollm, archs):
+    """MiB with a fraction, `auto`, the variable, which an option overrides; 0 is none. What is none of these is an error."""
+    model = ["-m", smollm]
+    variable = {"LLAMA_ARG_FIRSTLAYER_CACHE": "0.5"}
+    assert "up to 4096 rows in 15.0 MiB" in complete(*model, "--firstlayer-cache", "auto").stderr
+    assert "up to 136 rows in 0.5 MiB" in complete(*model, **variable).stderr
+    assert "up to 273 rows" in complete(*model, "--firstlayer-cache", 1, **variable).stderr
+    assert "rows" not in complete(*model, "--firstlayer-cache", 0, **variable).stderr
+
+    for wrong in ("much", "-1", "nan"):
+        done = complete(*model, "--firstlayer-cache", wrong)
+        assert done.returncode == 1
+        assert "firstlayer" in done.stderr
+
+    done = complete(*model, "--firstlayer-cache", 0.001)
+    assert "the first layer is computed without a cache: a row takes 3840 bytes, more than the cache of 1048" in done.stderr
+    assert done.returncode == 0
+    done = complete("-m", archs / "gpt2-dense.gguf", "--firstlayer-cache", 1)
+    assert "the first layer is computed without a cache: " in done.stderr
+
+
+def test_plan(smollm):
+    """The memory is that of as many rows as a text of that length has distinct tokens; other figures follow from the uses."""
+    cache = plan(smollm).cache
+    assert cache.row_bytes == 960 * 4
+    assert cache.memory[4096] == round(0.807 * 4096**0.639 * 49152**0.148 * 960 * 4)
+    assert 1 < cache.prefill_cold < cache.prefill_warm
+    # of 3 projections of 576, in Q4_1, a row of the embedding remains
+    saved = 576 * 960 * 20 / 32 + 576 * 4
+    before = cache.decode_bytes + saved - 960 * 4
+    assert cache.decode_bound == pytest.approx(before / cache.decode_bytes, rel=1e-3)
+
+
+def test_verify(smollm, llama):
+    """Bit for bit where the kernels are the same; with evictions in the second pass."""
+    result = verify(smollm, cache="auto")
+    assert result.problems == []
+    assert result.logits_same == 1
+    first, second = result.caches
+    assert first.misses == first.rows
+    assert second.misses > first.misses
+    with pytest.raises(FirstLayerError, match="either a converted file"):
+        verify(smollm)
+
+
+def test_bench(smollm):
+    result = bench(smollm, cache=16, batches=[1], loads=2, seconds=0.5, resources=False)
+    assert result.cache.rows == result.cache.misses > 0
+    assert result.cache.hits > 0
+    assert result.cells[0].bound == pytest.approx(plan(smollm).cache.decode_bound)
+    with pytest.raises(FirstLayerError, match="MiB, or auto"):
+        bench(smollm, cache="many")
+
+
+@pytest.mark.skipif(not can_count() or not COUNTED.exists(), reason="needs valgrind")
+def test_instructions(llama, llama_flp):
+    """A hit costs no more than a lookup in a table, but for finding its slot."""
+    cached, converted = instructions(llama, cached=True), instructions(llama_flp)
+    assert cached < 1.002 * converted
