@@ -9,6 +9,7 @@ from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.plan import plan
 from gguf_firstlayer.revert import Reversion, revert
+from gguf_firstlayer.runtime import RowCache, row_cache
 from gguf_firstlayer.shape import Shape
 from gguf_firstlayer.verify import Verification, verify
 
@@ -21,6 +22,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Reversion",
+    "RowCache",
     "Shape",
     "UsageError",
     "Verification",
@@ -30,5 +32,6 @@ __all__ = [
     "paths",
     "plan",
     "revert",
+    "row_cache",
     "verify",
 ]

@@ -322,6 +322,11 @@ def library() -> Library:
     return Library()
 
 
+def row_cache(model: Any) -> RowCache | None:
+    """The row cache of a `llama_cpp.Llama`; None if it has none. `gguf_firstlayer.llama_cpp` must have been imported first."""
+    return library().row_cache(model.model)
+
+
 class Analysis:
     """The sites of a model file (`llama_firstlayer_init`). A context manager.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from architectures import distance
 from support.builds import PATCHED, ROOT, both, run
 from support.models import convert
 from support.servers import free_port
@@ -42,10 +43,10 @@ def rpc_server() -> Iterator[str]:
             process.kill()
 
 
-def offloaded(model: Path, servers: str) -> tuple[str, list[str]]:
+def offloaded(model: Path, servers: str, *options: object) -> tuple[str, list[str]]:
     """Greedy text with all layers on RPC servers, and the scheduler's log of the last graph."""
     command = [PATCHED / "llama-completion", "-m", model, "--rpc", servers, "-ngl", "99", "-t", "1", "-c", "512"]
-    command += ["-no-cnv", "--temp", "0", "-n", "24", "-p", "Once upon a time", "-lv", "5"]
+    command += ["-no-cnv", "--temp", "0", "-n", "24", "-p", "Once upon a time", "-lv", "5", *map(str, options)]
     environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
     del environment["LLAMA_ARG_DEVICE"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, env=environment)
@@ -73,6 +74,25 @@ def test_rpc(n_servers, smollm, smollm_flp):
     assert [name for name in inputs if name.startswith(("firstlayer", "Qcur", "Kcur", "Vcur"))] == ["firstlayer.0"]
     product = next(line for line in log if "MUL_MAT" in line and "blk.0.attn_output" in line)
     assert "RPC0" in product
+
+
+@pytest.mark.parametrize("weights", [[], ["-ot", r"blk\.0\.attn_[qkv]\.=CPU"]], ids=["on the device", "on the host"])
+def test_rpc_with_a_cache(weights, smollm):
+    """Rows are kept where layer 0 computes, and looked up there, even if the weights that they are computed from are not."""
+    with rpc_server() as address:
+        (source, source_log), (cached, log) = both(
+            lambda options: offloaded(smollm, address, *weights, *options), [], ["--firstlayer-cache", 8]
+        )
+    assert source == cached
+    assert len(source.split()) > 10
+    lookup = next(line for line in log if "GET_ROWS" in line and "firstlayer.cache" in line)
+    assert len(re.findall(r"\[RPC0", lookup)) >= 2
+    # the slots go there, and no rows
+    inputs = [name for line in log if line.startswith("## SPLIT") for name in re.findall(r"\[(\S+) +\(", line)]
+    assert [name for name in inputs if name.startswith(("firstlayer", "Qcur", "Kcur", "Vcur"))] == ["firstlayer.slots"]
+    splits, source_splits = (sum(line.startswith("## SPLIT") for line in lines) for lines in (log, source_log))
+    assert splits == 2
+    assert source_splits >= splits
 
 
 @pytest.fixture(params=["patched", "vulkan"])
@@ -103,6 +123,21 @@ def test_device(name, device_build, archs, tmp_path):
     )
     assert np.array_equal(stock[7], ours[7])
     assert stock_text == our_text
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "command-r-dense", "gemma3-dense", "mamba-dense"])
+def test_device_with_a_cache(name, device_build, archs):
+    """Rows come from the device's own kernels, so logits differ by no more than batch sizes do there; also where rows are
+    evicted, and where layer 0 is on the CPU.
+    """
+    job = {"run": "logits", "model": archs / f"{name}.gguf", "tokens": {"count": 96, "seed": 1}, "batches": [1, 7, 64]}
+    for layers in (2, 99):
+        loads = [{"n_gpu_layers": layers} | cache for cache in ({}, {"cache": 8}, {"cache_rows": 70})]
+        stock, *cached = run(device_build, *(job | {"load": load} for load in loads))
+        own = max(distance(stock[64], stock[size]) for size in (1, 7))
+        for found in cached:
+            for size in job["batches"]:
+                assert distance(stock[size], found[size]) <= 1.5 * own
 
 
 #

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from support.builds import ROOT, STOCK
 
-from gguf_firstlayer.cost import Plan, estimate, of_model, table_type
+from gguf_firstlayer.cost import Plan, cached, estimate, of_model, table_type
 from gguf_firstlayer.file_format import fitting
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source, without_data
@@ -41,13 +42,16 @@ def headers(folder: Path) -> list[Path]:
 
 def plan_of(path: Path) -> tuple[Plan, int]:
     """The plan of a header, and its number of layers."""
-    with without_data(path) as whole, Analysis(whole, load_vocab=False) as analysis:
+    with without_data(path) as whole:
         source = Source(whole)
-        outline = of_model(source, analysis)
+        with Analysis(whole, load_vocab=False) as analysis:
+            outline = of_model(source, analysis)
+        with Analysis(whole, load_vocab=False, for_cache=True) as analysis:
+            cache = cached(of_model(source, analysis))
         field = source.get_field(f"{source.architecture}.block_count")
         assert field
         site_types = {site: fitting(table_type(TABLES), site.width) for site in outline.sites}
-        return estimate(outline, site_types), int(field.contents())
+        return replace(estimate(outline, site_types), cache=cache), int(field.contents())
 
 
 def count_text(n: float) -> str:
@@ -60,10 +64,12 @@ def row(plan: Plan, layers: int) -> str:
     name = plan.name.removesuffix(".gguf")
     stored = sum(site.width for site in plan.sites)
     device = f"-{size_text(-plan.accelerator_change)}"
+    assert plan.cache
     return (
         f"| {name} | {plan.architecture} | {layers} | {count_text(plan.parameters)} | {stored:,} |"
         f" {count_text(plan.values_eliminated)} | {plan.decode_bound:.4f} | {plan.prefill_bound:.4f} |"
-        f" {plan.file_change / plan.file_bytes:+.1%} | {device} |"
+        f" {plan.file_change / plan.file_bytes:+.1%} | {device} | {plan.cache.decode_bound:.4f} |"
+        f" {plan.cache.prefill_cold:.4f} | {size_text(plan.cache.memory[4096])} |"
     )
 
 
