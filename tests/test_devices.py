@@ -136,6 +136,7 @@ def test_device_with_a_cache(name, device_build, archs):
         stock, *cached = run(device_build, *(job | {"load": load} for load in loads))
         own = max(distance(stock[64], stock[size]) for size in (1, 7))
         for found in cached:
+            assert found["cache"]["n_hits"] > 0
             for size in job["batches"]:
                 assert distance(stock[size], found[size]) <= 1.5 * own
 

@@ -165,6 +165,8 @@ def logits(job):
             rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(part), model.n_vocab)).copy())
         results[size] = np.concatenate(rows)
         llama_cpp.llama_free(context)
+    if cached := cache_data(model):
+        results["cache"] = cached
     model.close()
     return results
 
