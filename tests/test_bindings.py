@@ -55,6 +55,25 @@ def test_same_as_stock(smollm, smollm_flp):
     assert (converted, plain) == ("True", "False")
 
 
+def test_row_cache(smollm):
+    """An override of the model, with an int, a float or "auto"; the text is the same, and the package says what it did."""
+    code = """
+import gguf_firstlayer, sys
+import gguf_firstlayer.llama_cpp as llama_cpp
+for overrides in (None, {"firstlayer.cache": 1}, {"firstlayer.cache": 0.5}, {"firstlayer.cache": "auto"}):
+    llama = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, n_gpu_layers=0, verbose=False, kv_overrides=overrides)
+    print(llama("Once upon a time", temperature=0, max_tokens=24)["choices"][0]["text"])
+    cache = gguf_firstlayer.row_cache(llama)
+    print(cache and (cache.max_rows, cache.misses == cache.rows > 0, cache.hits > 0))
+"""
+    done = python(code, smollm)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines[0]) > 40
+    assert lines[::2] == lines[:1] * 4
+    assert lines[1::2] == ["None", "(273, True, True)", "(136, True, True)", "(4096, True, True)"]
+
+
 def test_it_is_the_module_itself():
     done = python(
         "import gguf_firstlayer.llama_cpp as ours, llama_cpp, gguf_firstlayer\n"

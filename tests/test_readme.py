@@ -20,19 +20,22 @@ VERDICTS = "|".join(map(re.escape, (BUSY, LIMITED, FASTER, IMPOSSIBLE, SLOWER, U
 
 
 def transcript() -> dict[str, list[str]]:
-    """The commands on the first screen, and what they print."""
+    """The commands that are shown with what they print."""
     shown: dict[str, list[str]] = {}
-    for line in README.partition("\n## ")[0].splitlines():
+    printed: list[str] = []
+    for line in README.splitlines():
         if line.startswith("    $ "):
             printed = shown.setdefault(line.removeprefix("    $ "), [])
         elif line.startswith("    "):
             printed.append(line.removeprefix("    "))
+        else:
+            printed = []
     return shown
 
 
 @pytest.fixture(scope="module")
 def pythia(tmp_path_factory) -> Path:
-    """The folder in which the commands on the first screen run."""
+    """The folder in which these commands run."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").mkdir()
     command = [ROOT / "scripts" / "reports" / "catalogue.py", "pythia-160m", "models/pythia-160m.gguf", "Q8_0"]
@@ -43,28 +46,35 @@ def pythia(tmp_path_factory) -> Path:
 
 def test_transcript(pythia, monkeypatch):
     """Sizes and bounds match to the last digit; measured figures match in form."""
-    (plan, planned), (convert, converted), (measure, measured) = transcript().items()
+    (plan_cache, planned_cache), (measure_cache, measured_cache), *rest = transcript().items()
+    (plan, planned), (convert, converted), (measure, measured) = rest
     monkeypatch.chdir(pythia)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert subprocess.run(["bash", "-c", plan], capture_output=True, text=True, check=True).stdout.splitlines() == planned
+    for command, printed in ((plan_cache, planned_cache), (plan, planned)):
+        assert (
+            subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.splitlines() == printed
+        )
     done = subprocess.run(shlex.split(convert), capture_output=True, text=True, check=True)
     said = (done.stderr + done.stdout).splitlines()
     assert [line for line in said if not line.startswith("tables: ")] == converted  # a bar at a terminal
 
-    words = shlex.split(measure.partition(" | ")[0])
+    words, words_cache = (shlex.split(command.partition(" | ")[0]) for command in (measure, measure_cache))
     assert words[:2] + words[4:] == ["gguf-firstlayer", "bench", "--batch", "1,128"]
-    result = bench(*words[2:4], batches=(1, 128), resources=False, loads=2, seconds=1)
+    assert words_cache == ["gguf-firstlayer", "bench", words[2], "--cache", "--batch", "1,128"]
+    short = {"batches": (1, 128), "resources": False, "loads": 2, "seconds": 1}
+    result, result_cache = bench(*words[2:4], **short), bench(words[2], cache="auto", **short)
 
     def form(lines: list[str]) -> list[str]:
         text = re.sub(VERDICTS, "VERDICT", "\n".join(lines))
         text = re.sub(r", \d+% of its gain realised", "", text)
         bounds = re.findall(r"bound by the plan [\d.]+", text)
         return [
-            *re.sub(r"-?\d+(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
+            *re.sub(r"-?\d[\d,]*(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
             *bounds,
         ]
 
     assert form(summary(result).splitlines()) == form(measured)
+    assert form(summary(result_cache).splitlines()) == form(measured_cache)
 
 
 def test_langchain(smollm, smollm_flp):
@@ -93,7 +103,7 @@ def test_table_of_models():
         gains[cells[0]] = cells
     rows = [line.strip("|").split("|") for line in README.splitlines() if re.match(r"\| [\w.-]+ \| \+\d", line)]
     assert len(rows) == 10
-    for name, decoding, prefill, file, device in ([cell.strip() for cell in row] for row in rows):
+    for name, decoding, prefill, memory, file, device in ([cell.strip() for cell in row] for row in rows):
         expected = gains[name]
         assert [decoding, prefill] == [f"+{100 * (float(bound) - 1):.1f} %" for bound in expected[6:8]]
-        assert [file.replace(" ", ""), device] == expected[8:]
+        assert [file.replace(" ", ""), device, memory] == [*expected[8:10], expected[12]]

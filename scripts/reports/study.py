@@ -30,6 +30,7 @@ from study_page import (
     DOCS,
     DRAFT_LAYERS,
     PREFILL,
+    PROMPT,
     STARTS,
     TYPES,
     VOCABULARIES,
@@ -53,9 +54,11 @@ from support.counting import bytes_read, can_count, instructions
 from support.servers import free_port, serving
 
 from gguf_firstlayer import bench, convert
+from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import estimate, of_file
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.file_format import fitting
+from gguf_firstlayer.pair import AUTO
 from gguf_firstlayer.runtime import analyse
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import size_text
@@ -245,6 +248,39 @@ def shape(name: str) -> Result:
         return speeds(pair, (1, 128), loads=6, seconds=8, resources=True) | {"stock": with_stock(pair)}
 
 
+def row_cache(name: str) -> Result:
+    """Speed of a model with a row cache: warm, by `bench`, and of a first prompt."""
+    if name not in CATALOGUE:
+        return cached(ROOT / "models" / f"{name}.gguf")
+    source = FOLDER / f"{name}.gguf"
+    try:
+        write_model(CATALOGUE[name], source, Type.Q4_K)
+        return cached(source)
+    finally:
+        source.unlink(missing_ok=True)
+
+
+def cached(source: Path, loads: int = 8, rounds: int = 5) -> Result:
+    warm = bench(source, cache="auto", batches=(1, PROMPT), loads=loads, seconds=8, resources=False)
+    with analyse(source) as analysis:
+        tokens = sample_tokens(analysis)[:PROMPT]
+    rng, times, misses = random.Random(0), [], 0
+    for _ in range(loads):
+        place_anew(Source(source))
+        pairs = []
+        for _ in range(rounds):
+            pair = {}
+            for cache in rng.sample((0.0, AUTO), 2):  # a fresh model each, so that no row is there
+                with Decoder(source, 2 * PROMPT, PROMPT, cache=cache) as run:
+                    run.time(tokens[-1:], 1)
+                    run.keep(0)
+                    pair[cache] = run.time(tokens, PROMPT)
+                    misses = row.misses if (row := run.row_cache()) else misses
+            pairs.append(pair[0.0] / pair[AUTO])
+        times.append(np.array(pairs))
+    return dataclasses.asdict(warm) | {"cold": dataclasses.asdict(ratio(times)), "cold_misses": misses}
+
+
 def table_type(kind: str) -> Result:
     with converted(CATALOGUE["pythia-70m"], table=kind) as pair:
         return speeds(pair, (1, 128), loads=4, seconds=3, resources=True)
@@ -368,6 +404,9 @@ def all_measurements() -> dict[str, Callable[[], Result]]:
         wanted[f"real {name}"] = lambda name=name: real(name)
     for name in SHAPES:
         wanted[f"shape {name}"] = lambda name=name: shape(name)
+    wanted["cache machine"] = machine
+    for name in (*REAL, *SHAPES):
+        wanted[f"cache {name}"] = lambda name=name: row_cache(name)
     wanted["draft"] = draft
     wanted["fading"] = fading
     for kind in TYPES:

@@ -26,6 +26,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 CONTEXTS = (0, 512, 2048, 8192)
 
+# tokens of a prompt that a row cache is measured with
+PROMPT = 128
+
 TYPES = ("q4_0", "q8_0", "f16", "f32")
 
 # layers of SmolLM2 that make its draft, starts of the servers, tokens of an answer
@@ -170,6 +173,41 @@ def real_section(results: dict[str, Result]) -> str:
     return rows(head, *lines)
 
 
+def cache_section(results: dict[str, Result]) -> str:
+    lines = []
+    for key, result in results.items():
+        name = key.removeprefix("cache ")
+        if not key.startswith("cache ") or name == "machine":
+            continue
+        converted = next(results[f"{prefix} {name}"]["cells"] for prefix in ("real", "shape") if f"{prefix} {name}" in results)
+        decode, prefill = result["cells"]
+        lines.append(
+            [
+                name,
+                f"{decode['bound']:.3f}",
+                interval(decode["ratio"]),
+                interval(converted[0]["ratio"]),
+                f"{prefill['bound']:.3f}",
+                interval(prefill["ratio"]),
+                interval(converted[1]["ratio"]),
+                interval(result["cold"]),
+                f"{result['cold_misses']} of {PROMPT}",
+            ]
+        )
+    head = [
+        "model",
+        "bound",
+        "decoding, cached",
+        "converted",
+        "bound",
+        f"prefill of {PROMPT}, warm",
+        "converted",
+        "cold",
+        "new",
+    ]
+    return rows(head, *lines)
+
+
 def seconds(value: float | None) -> str:
     return "?" if value is None else f"{value:.3f}"
 
@@ -225,6 +263,9 @@ def page(results: dict[str, Result]) -> str:
         "depth": depth_section(results),
         "fading": fading_section(results),
         "real": real_section(results),
+        "cache": cache_section(results),
+        "cache_commit": results["cache machine"]["commit"],
+        "cache_date": results["cache machine"]["date"],
         "memory": memory_section(results),
         "types": type_section(results),
         "counts": count_section(results),
