@@ -417,7 +417,7 @@ def summary(result: Verification) -> str:
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
     if result.caches:
         origin = [
-            f"row cache of {cache.max_rows:,} rows: {cache.misses:,} computed, {cache.misses - cache.rows:,} in the place of others"
+            f"row cache of {cache.max_rows:,} rows: {cache.misses:,} computed, {cache.misses - cache.rows:,} replaced others"
             for cache in result.caches
         ]
     else:
