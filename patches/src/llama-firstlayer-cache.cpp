@@ -113,13 +113,15 @@ bool llama_firstlayer_fill::compute(const std::vector<llama_token> & tokens,
     for (size_t first = 0; first < tokens.size();) {
         const size_t n_left = tokens.size() - first;
 
-        // the largest that is full, or else the smallest
-        auto cur = std::find_if(graphs.rbegin(), graphs.rend(),
-                                [&](const graph & g) { return (size_t) g.slots->ne[0] <= n_left; });
-        if (cur == graphs.rend()) {
+        // the smallest that holds them all with little padding, or else the largest that is full
+        const auto size_of = [](const graph & g) {
+            return (size_t) g.slots->ne[0];
+        };
+        auto cur = std::find_if(graphs.begin(), graphs.end(), [&](const graph & g) { return size_of(g) >= n_left; });
+        if (cur != graphs.begin() && (cur == graphs.end() || 2 * size_of(*cur) > 3 * n_left)) {
             --cur;
         }
-        const size_t size = cur->slots->ne[0];
+        const size_t size = size_of(*cur);
         const size_t n    = std::min(size, n_left);
 
         std::vector<llama_token> ids(tokens.begin() + first, tokens.begin() + first + n);
@@ -146,7 +148,7 @@ bool llama_firstlayer_fill::compute(const std::vector<llama_token> & tokens,
 //
 
 std::vector<uint32_t> llama_firstlayer_cache::fill_sizes(bool on_cpu) {
-    return on_cpu ? std::vector<uint32_t>{ 1, 2, 4, 8, 16, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
+    return on_cpu ? std::vector<uint32_t>{ 1, 2, 4, 8, 16, 32, MAX_FILL } : std::vector<uint32_t>{ MAX_FILL };
 }
 
 std::vector<ggml_tensor *> llama_firstlayer_cache::choose_sites(const llama_firstlayer_walk & walk) {
@@ -174,7 +176,7 @@ llama_firstlayer_cache::llama_firstlayer_cache(ggml_backend_dev_t layer_dev,
     if (n_slots < 1) {
         throw std::runtime_error(format("a row takes %zu bytes, more than the cache of %zu", row_size, max_bytes));
     }
-    const int64_t n_rows = n_slots + (on_cpu ? MAX_PADDED_FILL : MAX_FILL) - 1;
+    const int64_t n_rows = n_slots + MAX_FILL - 1;
 
     const ggml_init_params params = {
         /*.mem_size   =*/8 * ggml_tensor_overhead(),
@@ -229,7 +231,7 @@ bool llama_firstlayer_cache::add_template(ggml_context *                        
 void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
     std::vector<llama_token> tokens;
     std::vector<int32_t>     places;
-    for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), MAX_PADDED_FILL }); ++i) {
+    for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), N_TRIED }); ++i) {
         tokens.push_back(i);
         places.push_back(i);
     }
@@ -245,7 +247,7 @@ void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
 
     // the largest that is not mostly padding
     size_t reference = templates.size() - 1;
-    while (reference > 0 && templates[reference].slots->ne[0] > MAX_PADDED_FILL) {
+    while (reference > 0 && templates[reference].slots->ne[0] > N_TRIED) {
         reference--;
     }
     if (reference == 0) {

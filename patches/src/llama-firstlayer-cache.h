@@ -44,8 +44,8 @@ struct llama_firstlayer_fill {
 struct llama_firstlayer_cache {
     // Batches in which rows are computed. Rows must not depend on how many are missing: of the sizes on the CPU, those are kept
     // that have the kernels of large batches, see keep_equal_sizes; on devices, there is but one.
-    static constexpr uint32_t    MAX_FILL        = 64;
-    static constexpr int32_t     MAX_PADDED_FILL = 16;
+    static constexpr uint32_t    MAX_FILL = 64;
+    static constexpr int32_t     N_TRIED  = 16;  // rows that are computed to find them
     static std::vector<uint32_t> fill_sizes(bool on_cpu);
 
     // the sites of a graph at the price of F32 rows in memory

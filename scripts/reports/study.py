@@ -262,8 +262,8 @@ def row_cache(name: str) -> Result:
 
 def cached(source: Path, loads: int = 8, rounds: int = 5) -> Result:
     warm = bench(source, cache="auto", batches=(1, PROMPT), loads=loads, seconds=8, resources=False)
-    with analyse(source) as analysis:
-        tokens = sample_tokens(analysis)[:PROMPT]
+    with analyse(ROOT / "models" / f"{REAL[0]}.gguf") as analysis:  # the others may have no tokenizer
+        tokens = sample_tokens(analysis)[:PROMPT] % analysed_vocabulary(source)
     rng, times, misses = random.Random(0), [], 0
     for _ in range(loads):
         place_anew(Source(source))

@@ -270,6 +270,7 @@ def page(results: dict[str, Result]) -> str:
         "types": type_section(results),
         "counts": count_section(results),
         "prefill": str(PREFILL),
+        "prompt": str(PROMPT),
         "draft": (
             f"SmolLM2 drafted by its own first {DRAFT_LAYERS} layers, in llama-server, greedily: with the draft converted,"
             f" an answer is {interval(of_draft['ratio'])} times as fast. The draft's own bound is"
