@@ -531,24 +531,27 @@ void llama_firstlayer::find_cache_sites(llama_model & model) {
 
     std::string blocker = "it only encodes, or replaces token ids";
     int64_t     saved   = 0;
-    bool        on_cpu  = true;
+    bool on_cpu = !ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_ACCEL);  // like BLAS, which takes large batches
     show(llama_firstlayer_cache::MAX_FILL, [&](const llm_graph_params &, const llama_firstlayer_walk & walk) {
         llama_firstlayer_walk::tensor_set cut;
         for (ggml_tensor * t : llama_firstlayer_cache::choose_sites(walk)) {
-            sites.push_back({ ggml_get_name(t), walk.recipe(t), 0, 0, walk.width(t), true });
             cut.insert(t);
+            const std::string recipe = walk.recipe(t);
+            if (std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; })) {
+                continue;
+            }
+            sites.push_back({ ggml_get_name(t), recipe, 0, 0, walk.width(t), false });
             on_cpu = on_cpu && is_on_cpu(walk, t);
         }
         saved   = walk.bytes_saved(cut);
         blocker = walk.blocker();
     });
     show(builder.n_seqs, [&](const llm_graph_params &, const llama_firstlayer_walk & walk) {
-        std::vector<site> in_decode;
         for (const auto & [_, i] : walk.find(sites)) {
-            in_decode.push_back(sites[i]);
+            sites[i].used = true;
         }
-        sites = in_decode;
     });
+    sites.erase(std::remove_if(sites.begin(), sites.end(), [](const site & s) { return !s.used; }), sites.end());
     if (sites.empty()) {
         throw std::runtime_error(blocker);
     }
