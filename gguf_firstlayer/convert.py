@@ -15,7 +15,7 @@ from typing import NamedTuple
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import auto, file_format
-from gguf_firstlayer.cost import CostModel, SitePlan, estimate, of_model, table_type
+from gguf_firstlayer.cost import CostModel, SitePlan, estimate, of_model
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
 from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.runtime import Analysis, analyse, library
@@ -160,7 +160,7 @@ def _prepare(
     force: bool,
 ) -> _Job:
     """Check what can be checked before the model is analysed."""
-    wanted = None if type == "auto" else table_type(type)
+    wanted = None if type == "auto" else file_format.table_type(type)
     if not 0 <= max_kld < math.inf:
         raise UsageError(f"{max_kld} is not a bound on the KL divergence; give a number of nats like 1e-4")
     if split_max_size is not None and not re.fullmatch(r"[1-9]\d{0,6}[MG]", split_max_size):

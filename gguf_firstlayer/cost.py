@@ -12,7 +12,7 @@ import gguf
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.runtime import Analysis, Site, Use
 from gguf_firstlayer.source import Source, without_data
@@ -264,18 +264,6 @@ def _read(for_cache: bool, path: Path) -> CostModel:
                 return of_model(source, analysis)
         except FirstLayerError as err:
             raise FirstLayerError(str(err).replace(str(whole.parent), str(path.parent))) from err
-
-
-def table_type(name: str) -> GGMLQuantizationType:
-    """A type by its name.
-
-    Raises:
-        UsageError: tables cannot have this type.
-    """
-    kind = file_format.TYPES.get(name.lower())
-    if kind is None:
-        raise UsageError(f"unknown table type {name}; choose one of {', '.join(file_format.TYPES)}")
-    return kind
 
 
 def estimate(

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, ReaderField
 
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.runtime import Site
 from gguf_firstlayer.source import Source
 
@@ -193,6 +193,18 @@ def layout(
             column += padded(site.width)
         tables.append(Table(table_name(len(tables)), kind, column, n_vocab))
     return tables, placed
+
+
+def table_type(name: str) -> GGMLQuantizationType:
+    """A type by its name.
+
+    Raises:
+        UsageError: tables cannot have this type.
+    """
+    kind = TYPES.get(name.lower())
+    if kind is None:
+        raise UsageError(f"unknown table type {name}; choose one of {', '.join(TYPES)}")
+    return kind
 
 
 def padded(width: int) -> int:

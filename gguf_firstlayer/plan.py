@@ -18,7 +18,6 @@ from gguf_firstlayer.cost import (
     cached,
     estimate,
     of_file,
-    table_type,
 )
 from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.selection import describe_price
@@ -57,7 +56,7 @@ def plan(
     """
     if not all(1 <= size <= MAX_NUMBER for size in batches):
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
-    wanted = table_type("q8_0" if type == "auto" else type)
+    wanted = file_format.table_type("q8_0" if type == "auto" else type)
     if isinstance(model, CostModel):
         shape = for_cache = model
     else:

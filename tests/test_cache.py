@@ -177,10 +177,10 @@ def test_options(smollm, archs):
     assert "up to 273 rows" in complete(*model, "--firstlayer-cache", 1, **variable).stderr
     assert "rows" not in complete(*model, "--firstlayer-cache", 0, **variable).stderr
 
-    for wrong in ("much", "-1", "nan"):
+    for wrong in ("much", "-1", "nan", "5x", ""):
         done = complete(*model, "--firstlayer-cache", wrong)
         assert done.returncode == 1
-        assert "firstlayer" in done.stderr
+        assert "override 'firstlayer.cache' must be a number of MiB or \"auto\"" in done.stderr
 
     done = complete(*model, "--firstlayer-cache", 0.001)
     assert "the first layer is computed without a cache: a row takes 3840 bytes, more than the cache of 1048" in done.stderr

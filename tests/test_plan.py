@@ -19,7 +19,8 @@ from support.command_line import cli, refusal, split
 from support.models import convert
 
 from gguf_firstlayer import FirstLayerError, Shape, plan
-from gguf_firstlayer.cost import estimate, of_file, table_type
+from gguf_firstlayer.cost import estimate, of_file
+from gguf_firstlayer.file_format import TYPES
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.selection import select
 from gguf_firstlayer.source import Source
@@ -182,7 +183,7 @@ def test_typical_text_touches_part_of_the_tables(smollm):
 def test_selection(name, archs):
     """Under every budget, no other sites that fit save more: sites that share a matrix are taken together or not at all."""
     outline = of_file(archs / f"{name}.gguf")
-    kinds = dict.fromkeys(outline.sites, table_type("f32"))
+    kinds = dict.fromkeys(outline.sites, TYPES["f32"])
 
     def told(sites):
         result = estimate(outline, {site: kinds[site] for site in sites}, (1,))

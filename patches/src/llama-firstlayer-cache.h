@@ -2,6 +2,7 @@
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
+#include "llama-firstlayer-fill.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-firstlayer.h"
 
@@ -12,32 +13,6 @@
 #include <vector>
 
 struct llm_graph_params;
-
-// a graph that computes the rows of `tokens` into the slots of a cache
-struct llama_firstlayer_fill_graph {
-    ggml_context_ptr           ctx;
-    ggml_cgraph *              gf;
-    std::vector<ggml_tensor *> tokens;  // I32 [n_tokens], all with the same content
-    ggml_tensor *              slots;   // I64 [n_tokens]
-};
-
-// The fill graphs of a context, on its backends: rows come from the kernels and the threads that its own graphs run with.
-struct llama_firstlayer_fill {
-    // templates: smallest first. Throws std::runtime_error if there is no memory
-    llama_firstlayer_fill(const llama_firstlayer_fill_graph * templates,
-                          size_t                              n_templates,
-                          const llm_graph_params &            params);
-
-    // Compute the row of each token into its slot. padding: the first slot of those that hold nothing
-    bool compute(const std::vector<llama_token> & tokens, const std::vector<int32_t> & slots, int32_t padding);
-
-  private:
-    struct graph : llama_firstlayer_fill_graph {
-        ggml_backend_sched_ptr sched;
-    };
-
-    std::vector<graph> graphs;
-};
 
 // Rows of the first layer, computed when their token is first seen, and kept until others need their place. All contexts of a
 // model share it; those on other threads wait while one computes rows.
@@ -52,7 +27,7 @@ struct llama_firstlayer_cache {
     static std::vector<ggml_tensor *> choose_sites(const llama_firstlayer_walk & walk);
 
     // max_bytes: of memory for rows; a few for padding come on top. Throws std::runtime_error if there is none, or no room
-    llama_firstlayer_cache(ggml_backend_dev_t dev, int64_t row_width, int64_t n_vocab, bool on_cpu, size_t max_bytes);
+    llama_firstlayer_cache(ggml_backend_dev_t dev, int64_t row_width, int64_t n_vocab, size_t max_bytes);
 
     // Keep a copy of the nodes that compute the sites of a graph, to compute rows in batches of this size. False if a site is
     // missing.
@@ -67,7 +42,10 @@ struct llama_firstlayer_cache {
     // because its tokens do not fit or rows cannot be computed.
     ggml_tensor * add_slots(const llm_graph_params & params);
 
-    // whether the rows are those of this kind of graph
+    // of a model with an encoder and a decoder, rows are those of the decoder
+    static bool is_other_graph(const llama_model & model, const llm_graph_params & params);
+
+    // whether the rows may stand in for what this graph computes
     bool serves(const llama_model & model, const llm_graph_params & params) const;
 
     // Take slots for the tokens of a batch, one for each of them, and compute the rows that are missing. Nothing overwrites

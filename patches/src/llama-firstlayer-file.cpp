@@ -140,11 +140,19 @@ static size_t requested_cache(const llama_model_loader & ml, size_t automatic) {
         return cache_mib < 0.0 ? automatic : cache_mib * 1024.0 * 1024.0;
     }
     const auto & value = it->second;
-    if (value.tag == LLAMA_KV_OVERRIDE_TYPE_STR && strcmp(value.val_str, "auto") == 0) {
-        return automatic;
+    double       mib   = -1.0;
+    if (value.tag == LLAMA_KV_OVERRIDE_TYPE_INT) {
+        mib = value.val_i64;
+    } else if (value.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT) {
+        mib = value.val_f64;
+    } else if (value.tag == LLAMA_KV_OVERRIDE_TYPE_STR) {
+        if (strcmp(value.val_str, "auto") == 0) {
+            return automatic;
+        }
+        char * end;
+        mib = strtod(value.val_str, &end);
+        mib = *value.val_str && !*end ? mib : -1.0;
     }
-    const bool   is_float = value.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT;
-    const double mib      = is_float ? value.val_f64 : value.tag == LLAMA_KV_OVERRIDE_TYPE_INT ? value.val_i64 : -1.0;
     if (!(mib >= 0.0 && mib <= 1024.0 * 1024.0)) {
         throw std::runtime_error(format("override '%s' must be a number of MiB or \"auto\"", KV_CACHE));
     }

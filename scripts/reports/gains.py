@@ -12,8 +12,8 @@ from pathlib import Path
 
 from support.builds import ROOT, STOCK
 
-from gguf_firstlayer.cost import Plan, cached, estimate, of_model, table_type
-from gguf_firstlayer.file_format import fitting
+from gguf_firstlayer.cost import Plan, cached, estimate, of_model
+from gguf_firstlayer.file_format import fitting, table_type
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source, without_data
 from gguf_firstlayer.text import size_text

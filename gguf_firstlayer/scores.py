@@ -1,0 +1,138 @@
+"""Two models compared over a text: what `verify` reports of their output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.divergence import kl_divergence, log_softmax
+from gguf_firstlayer.errors import FirstLayerError
+
+# batch size in which the source is compared with itself, which shows what any change in the last bits does: attention over
+# so few tokens uses another kernel
+OTHER_BATCH = 32
+
+N_PROMPTS, PROMPT, GREEDY = 4, 24, 64
+
+Floats = npt.NDArray[np.float64]
+
+
+class Scores:
+    """Figures of the tokens of a text, collected chunk by chunk, and of continuations."""
+
+    def __init__(self) -> None:
+        self._klds: list[Floats] = []
+        self._floors: list[Floats] = []
+        self._losses_source: list[Floats] = []
+        self._losses: list[Floats] = []
+        self._top: list[npt.NDArray[np.bool_]] = []
+        self._same: list[npt.NDArray[np.bool_]] = []
+        self._logit_max = self._logit_squares = 0.0
+        self._logit_count = self._n_greedy = 0
+        self._greedy: list[int | None] = []
+
+    @property
+    def klds(self) -> Floats:
+        """KL divergence from the source, F64 [tokens]."""
+        return np.concatenate(self._klds)
+
+    @property
+    def floors(self) -> Floats:
+        """KL divergence of the source from itself with another batch size, F64 [tokens]."""
+        return np.concatenate(self._floors)
+
+    def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], chunk: int) -> None:
+        """Compare a model with the source over a text."""
+        for first in range(0, len(ids) - chunk + 1, chunk):
+            part = ids[first : first + chunk].copy()
+            part[: len(begin)] = begin
+            self._add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
+        starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
+        n_prompt = min(PROMPT, chunk // 2)
+        n = self._n_greedy = min(GREEDY, chunk - n_prompt)
+        prompts = [np.concatenate([begin, ids[start + len(begin) : start + n_prompt]]) for start in starts]
+        self._greedy += [_first_difference(_greedy(one, prompt, n), _greedy(other, prompt, n)) for prompt in prompts]
+
+    def _add(
+        self,
+        source: npt.NDArray[np.float32],
+        again: npt.NDArray[np.float32],
+        converted: npt.NDArray[np.float32],
+        following: npt.NDArray[np.int32],
+    ) -> None:
+        """Add logits F32 [n, vocabulary] (source, source with another batch size, converted) and the tokens that follow."""
+        difference = converted - source
+        self._logit_max = max(self._logit_max, float(np.abs(difference).max()))
+        self._logit_squares += float(np.square(difference, dtype=np.float64).sum())
+        self._logit_count += difference.size
+        p, q = log_softmax(source), log_softmax(converted)
+        if not np.isfinite(p).all():
+            raise FirstLayerError("the model cannot be measured: the source's output is not finite")
+        self._klds.append(kl_divergence(p, q))
+        self._floors.append(kl_divergence(p, log_softmax(again)))
+        self._top.append(p.argmax(axis=1) == q.argmax(axis=1))
+        self._same.append((source == converted).all(axis=1))
+        index = np.arange(len(following))
+        self._losses_source.append(-p[index, following].astype(np.float64))
+        self._losses.append(-q[index, following].astype(np.float64))
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of the output, by their names in `Verification`."""
+        klds, before, after = self.klds, np.concatenate(self._losses_source), np.concatenate(self._losses)
+        kld, kld_error = mean_and_error(klds)
+        p_source, p = float(np.exp(before.mean())), float(np.exp(after.mean()))
+        return dict(
+            scored=len(klds),
+            logit_max=self._logit_max,
+            logit_rms=math.sqrt(self._logit_squares / self._logit_count),
+            kld=kld,
+            kld_error=kld_error,
+            kld_median=float(np.median(klds)),
+            kld_p99=float(np.percentile(klds, 99)),
+            kld_max=float(klds.max()),
+            kld_floor=float(self.floors.mean()),
+            top1=float(np.concatenate(self._top).mean()),
+            perplexity_source=p_source,
+            perplexity=p,
+            perplexity_change=p - p_source,
+            perplexity_change_error=mean_and_error(p * after - p_source * before)[1],  # to first order
+            greedy=tuple(self._greedy),
+            greedy_tokens=self._n_greedy,
+            logits_same=float(np.concatenate(self._same).mean()),
+        )
+
+
+def _logits(run: Decoder, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
+    """Logits of the scored tokens of a text, F32 [n, vocabulary]."""
+    run.keep(0)
+    first, done, parts = len(tokens) // 2, 0, []
+    for logits in run.decode(tokens, n_batch):
+        parts.append(logits[max(0, first - done) :].copy())
+        done += len(logits)
+    return np.concatenate(parts)[:-1]
+
+
+def _greedy(run: Decoder, prompt: npt.NDArray[np.int32], n: int) -> list[int]:
+    """The most probable continuation of a prompt."""
+    run.keep(0)
+    out: list[int] = []
+    tokens = prompt
+    while len(out) < n:
+        *_, logits = run.decode(tokens)
+        out.append(int(logits[-1].argmax()))
+        tokens = np.array(out[-1:], np.int32)
+    return out
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
