@@ -108,8 +108,7 @@ void llama_firstlayer::find_cache_sites(llama_model & model) {
         }
         max_bytes = std::min(AUTO_ROWS * row_size, std::max(model.size() / AUTO_SHARE, AUTO_AT_LEAST));
     }
-    cache =
-        std::make_unique<llama_firstlayer_cache>(model.dev_layer(0), width, model.vocab.n_tokens(), max_bytes);
+    cache = std::make_unique<llama_firstlayer_cache>(model.dev_layer(0), width, model.vocab.n_tokens(), max_bytes);
 
     for (const uint32_t size : llama_firstlayer_cache::fill_sizes(on_cpu)) {
         bool added = false;
