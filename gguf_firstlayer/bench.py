@@ -19,7 +19,6 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import bound, of_file
-from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
@@ -193,17 +192,7 @@ def bench(
                 # in random order, since the order decides which memory each gets
                 kinds_of_run = [(plain, False), (files, False), (files, True)][: 3 if limit else 2]
                 opened = {
-                    kind: stack.enter_context(
-                        Decoder(
-                            kind[0].path,
-                            n_ctx,
-                            n_batch,
-                            n_threads,
-                            constants=kind[1],
-                            tables=kind[0].tables,
-                            cache=kind[0].cache,
-                        )
-                    )
+                    kind: stack.enter_context(kind[0].open(n_ctx, n_batch, n_threads, kind[1]))
                     for kind in rng.sample(kinds_of_run, len(kinds_of_run))
                 }
                 runs = [opened[kind] for kind in kinds_of_run]

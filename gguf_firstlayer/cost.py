@@ -251,19 +251,28 @@ def of_file(path: Path, for_cache: bool = False) -> CostModel:
     Raises:
         FirstLayerError: the file cannot be read or is already converted, or llama.cpp cannot load it.
     """
-    return isolated(partial(_read, for_cache), path)
+    return isolated(partial(_read, (for_cache,)), path)[0]
 
 
-def _read(for_cache: bool, path: Path) -> CostModel:
+def both_of_file(path: Path) -> tuple[CostModel, CostModel]:
+    """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`."""
+    tables, cache = isolated(partial(_read, (False, True)), path)
+    return tables, cache
+
+
+def _read(for_cache: Sequence[bool], path: Path) -> list[CostModel]:
+    models = []
     with without_data(path) as whole:
         try:
             source = Source(whole)
             if source.get_field(file_format.KEY_VERSION) is not None:
                 raise FirstLayerError(f"{path} is already converted; plan with the original model")
-            with Analysis(whole, load_vocab=False, for_cache=for_cache) as analysis:
-                return of_model(source, analysis)
+            for choice in for_cache:
+                with Analysis(whole, load_vocab=False, for_cache=choice) as analysis:
+                    models.append(of_model(source, analysis))
         except FirstLayerError as err:
             raise FirstLayerError(str(err).replace(str(whole.parent), str(path.parent))) from err
+    return models
 
 
 def estimate(

@@ -38,6 +38,10 @@ class Files(NamedTuple):
         """Path of the sidecar, if there is one."""
         return self.sources[1].path if len(self.sources) > 1 else None
 
+    def open(self, n_ctx: int, n_batch: int, n_threads: int = 0, constants: bool = False) -> Decoder:
+        """The model, to decode one text; see `Decoder`."""
+        return Decoder(self.path, n_ctx, n_batch, n_threads, constants, self.tables, self.cache)
+
     @property
     def bytes(self) -> int:
         """Size of all files."""

@@ -15,9 +15,9 @@ from gguf_firstlayer.cost import (
     TEXT_TOKENS,
     CostModel,
     Plan,
+    both_of_file,
     cached,
     estimate,
-    of_file,
 )
 from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.selection import describe_price
@@ -60,7 +60,7 @@ def plan(
     if isinstance(model, CostModel):
         shape = for_cache = model
     else:
-        shape, for_cache = of_file(Path(model)), of_file(Path(model), for_cache=True)
+        shape, for_cache = both_of_file(Path(model))
     site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
     return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache))
 

@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.auto import round_trip, sample_tokens
-from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
-from gguf_firstlayer.pair import context_length, open_cached, open_pair, parse_cache
+from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
 from gguf_firstlayer.runtime import Analysis, RowCache, Site, analyse, library
 from gguf_firstlayer.scores import N_PROMPTS, Scores, mean_and_error
 from gguf_firstlayer.source import Source
@@ -145,7 +144,7 @@ def verify(
     measurement = file_format.read_measurement(tables)
     bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
     chunk = min(CHUNK, len(ids) // 2, context_length(model))
-    with Decoder(model.path, chunk, chunk) as one, Decoder(files.path, chunk, chunk, tables=files.tables) as other:
+    with Files((model,)).open(chunk, chunk) as one, files.open(chunk, chunk) as other:
         scores = Scores()
         scores.run(one, other, ids, begin, chunk)
 
@@ -180,17 +179,15 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
         ids, begin = _text_tokens(analysis, text, tokens)
     chunk = min(CHUNK, len(ids) // 2, context_length(model))
     scores, caches, problems = Scores(), list[RowCache](), list[str]()
-    with Decoder(model.path, chunk, chunk) as one:
+    with Files((model,)).open(chunk, chunk) as one:
         while len(caches) < 2:
-            with Decoder(files.path, chunk, chunk, cache=cache) as other:
-                before = other.row_cache()
-                if before is None:
+            with files.open(chunk, chunk) as other:
+                if other.row_cache() is None:
                     raise FirstLayerError(f"{source} has nothing to cache; plan says why")
                 scores.run(one, other, ids, begin, chunk)
-                after = other.row_cache()
-                assert after is not None
-            caches.append(after)
-            cache = EVICTING / after.rows * after.bytes / 2**20
+                used = cast(RowCache, other.row_cache())
+            caches.append(used)
+            files = files._replace(cache=EVICTING / used.rows * used.bytes / 2**20)
     excess, error = mean_and_error(scores.klds - scores.floors)
     if not math.isfinite(excess) or excess > CHANCE * error:
         problems.append(

@@ -131,6 +131,18 @@ def test_saving(llama):
     assert run(STOCK, job) == run(PATCHED, job | {"load": {"cache": 16}})
 
 
+def test_training(llama):
+    """A model that is trained beside a context gives that context the stock library's logits: no row is older than its weights.
+
+    Fails if training builds graphs without layer 0's weights, or a graph that was built before goes on reading the cache.
+    """
+    job = {"run": "training", "model": llama, "tokens": {"count": 20, "seed": 1}}
+    (stock,), (cached,) = both(lambda side: run(*side), (STOCK, job), (PATCHED, job | {"load": {"cache": 16}}))
+    assert np.array_equal(stock[0], cached[0])
+    assert np.array_equal(stock[1], cached[1])
+    assert not np.allclose(stock[0], stock[1], atol=1e-3)
+
+
 #
 # what users see
 #

@@ -153,12 +153,12 @@ void llama_model_firstlayer_print_cache(const llama_model * model) {
                    data.t_us / 1000.0);
 }
 
-const char * llama_model_firstlayer_metrics(const llama_model * model) {
+const char * llama_firstlayer_metrics(void) {
     static thread_local std::string res;
     res.clear();
 
-    llama_firstlayer_cache_data data;
-    if (!model || llama_model_firstlayer_get_cache(model, &data) != 0) {
+    llama_firstlayer_cache_data sum = {};
+    if (!llama_firstlayer_cache::add_up(sum)) {
         return res.c_str();
     }
     const auto add = [](const char * name, const char * type, const char * help, double value) {
@@ -166,10 +166,10 @@ const char * llama_model_firstlayer_metrics(const llama_model * model) {
                       name, type);
         res += format("llamacpp:firstlayer_cache_%s %.17g\n", name, value);
     };
-    add("hits_total", "counter", "Tokens whose first-layer row was cached", data.n_hits);
-    add("misses_total", "counter", "First-layer rows computed", data.n_misses);
-    add("seconds_total", "counter", "Total time spent computing first-layer rows", data.t_us / 1e6);
-    add("rows", "gauge", "First-layer rows cached", data.n_rows);
-    add("bytes", "gauge", "Memory of the cached first-layer rows", data.n_bytes);
+    add("hits_total", "counter", "Tokens whose first-layer row was cached", sum.n_hits);
+    add("misses_total", "counter", "First-layer rows computed", sum.n_misses);
+    add("seconds_total", "counter", "Total time spent computing first-layer rows", sum.t_us / 1e6);
+    add("rows", "gauge", "First-layer rows cached", sum.n_rows);
+    add("bytes", "gauge", "Memory of the cached first-layer rows", sum.n_bytes);
     return res.c_str();
 }

@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <stdexcept>
 
+// those of all loaded models, for metrics
+static std::mutex                                         all_mutex;
+static std::unordered_set<const llama_firstlayer_cache *> all;
+
 //
 // cache
 //
@@ -57,6 +61,29 @@ llama_firstlayer_cache::llama_firstlayer_cache(ggml_backend_dev_t layer_dev,
         throw std::runtime_error(format("cannot allocate %zu bytes", ggml_nbytes(rows)));
     }
     ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+
+    const std::lock_guard<std::mutex> lock(all_mutex);
+    all.insert(this);
+}
+
+llama_firstlayer_cache::~llama_firstlayer_cache() {
+    const std::lock_guard<std::mutex> lock(all_mutex);
+    all.erase(this);
+}
+
+bool llama_firstlayer_cache::add_up(llama_firstlayer_cache_data & sum) {
+    const std::lock_guard<std::mutex> lock(all_mutex);
+    for (const auto * cache : all) {
+        const auto data = cache->get_data();
+        sum.n_rows += data.n_rows;
+        sum.n_rows_max += data.n_rows_max;
+        sum.n_hits += data.n_hits;
+        sum.n_misses += data.n_misses;
+        sum.n_bytes += data.n_bytes;
+        sum.n_bytes_max += data.n_bytes_max;
+        sum.t_us += data.t_us;
+    }
+    return !all.empty();
 }
 
 bool llama_firstlayer_cache::add_template(ggml_context *                              ctx,
@@ -77,7 +104,12 @@ bool llama_firstlayer_cache::add_template(ggml_context *                        
     size_t                     n_tensors = 8 * sites.size() + 8;
     for (size_t i = 0; i < sites.size(); ++i) {
         const auto & site = sites[i];
-        n_tensors += walk.ancestors(found[i]).size();
+        for (const ggml_tensor * t : walk.ancestors(found[i])) {
+            n_tensors++;
+            if (t->buffer) {
+                weights.insert(t);
+            }
+        }
 
         ggml_tensor * columns =
             ggml_view_2d(ctx, rows, site.width, rows->ne[1], rows->nb[1], site.column * sizeof(float));
@@ -85,6 +117,11 @@ bool llama_firstlayer_cache::add_template(ggml_context *                        
     }
     templates.push_back(llama_firstlayer_fill_graph::copy(roots, walk.tokens(), slots, n_tensors));
     return true;
+}
+
+bool llama_firstlayer_cache::is_trained() const {
+    return std::any_of(weights.begin(), weights.end(),
+                       [](const ggml_tensor * t) { return t->flags & GGML_TENSOR_FLAG_PARAM; });
 }
 
 void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
@@ -275,7 +312,9 @@ struct llm_graph_input_firstlayer_slots : llm_graph_input_i {
         return fill && ubatch.token && cache.acquire(*fill, ubatch.token, ubatch.n_tokens, taken);
     }
 
-    bool can_reuse(const llm_graph_params & params) override { return acquire(params.ubatch) == (slots != nullptr); }
+    bool can_reuse(const llm_graph_params & params) override {
+        return !cache.is_trained() && acquire(params.ubatch) == (slots != nullptr);
+    }
 
     void set_input(const llama_ubatch *) override {
         if (slots) {
@@ -305,19 +344,7 @@ bool llama_firstlayer_cache::is_other_graph(const llama_model & model, const llm
 
 bool llama_firstlayer_cache::serves(const llama_model & model, const llm_graph_params & params) const {
     // a callback wants to see every node, as for an importance matrix
-    if (is_other_graph(model, params) || params.cparams.cb_eval) {
-        return false;
-    }
-    // weights that are trained change
-    ggml_cgraph * gf = templates.front().gf;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        for (const ggml_tensor * src : ggml_graph_node(gf, i)->src) {
-            if (src && (src->flags & GGML_TENSOR_FLAG_PARAM)) {
-                return false;
-            }
-        }
-    }
-    return true;
+    return !is_other_graph(model, params) && !params.cparams.cb_eval && !is_trained();
 }
 
 ggml_tensor * llama_firstlayer_cache::add_slots(const llm_graph_params & params) {

@@ -28,6 +28,7 @@ struct llama_firstlayer_cache {
 
     // max_bytes: of memory for rows; a few for padding come on top. Throws std::runtime_error if there is none, or no room
     llama_firstlayer_cache(ggml_backend_dev_t dev, int64_t row_width, int64_t n_vocab, size_t max_bytes);
+    ~llama_firstlayer_cache();
 
     // Keep a copy of the nodes that compute the sites of a graph, to compute rows in batches of this size. False if a site is
     // missing.
@@ -48,6 +49,9 @@ struct llama_firstlayer_cache {
     // whether the rows may stand in for what this graph computes
     bool serves(const llama_model & model, const llm_graph_params & params) const;
 
+    // whether the weights that rows are computed from change, as in training
+    bool is_trained() const;
+
     // Take slots for the tokens of a batch, one for each of them, and compute the rows that are missing. Nothing overwrites
     // the slots until they are released. False, and no slots, if that cannot be done.
     bool acquire(llama_firstlayer_fill & fill,
@@ -57,6 +61,9 @@ struct llama_firstlayer_cache {
     void release(std::vector<int32_t> & slots);
 
     llama_firstlayer_cache_data get_data() const;
+
+    // Add the data of all caches of this process. False if there is none.
+    static bool add_up(llama_firstlayer_cache_data & sum);
 
     ggml_tensor *      rows;  // F32 [row width, slots and padding]
     ggml_backend_dev_t dev;
@@ -80,13 +87,14 @@ struct llama_firstlayer_cache {
     ggml_context_ptr                         ctx;
     ggml_backend_buffer_ptr                  buf;
     std::vector<llama_firstlayer_fill_graph> templates;
+    llama_firstlayer_walk::tensor_set        weights;  // that rows are computed from
 
-    mutable std::mutex   mutex;         // for all that follows
-    std::vector<int32_t> slot_of;       // by token
-    std::vector<slot>    slots;         // those that have been used
-    int32_t              n_slots;       // most that fit
+    mutable std::mutex   mutex;                        // for all that follows
+    std::vector<int32_t> slot_of;                      // by token
+    std::vector<slot>    slots;                        // those that have been used
+    int32_t              n_slots;                      // most that fit
     int32_t              n_pinned = 0;
-    int32_t              hand     = 0;  // of the clock that says which slot is used again
+    int32_t              hand     = 0;                 // of the clock that says which slot is used again
     int64_t              n_hits   = 0;
     int64_t              n_misses = 0;
     int64_t              t_us     = 0;

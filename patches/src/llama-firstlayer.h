@@ -175,8 +175,9 @@ LLAMA_API int32_t llama_model_firstlayer_get_cache(const struct llama_model *   
 // Log it in a line, among a context's timings. Nothing if the model has no cache
 LLAMA_API void llama_model_firstlayer_print_cache(const struct llama_model * model);
 
-// The same as metrics in the text format of Prometheus, valid until the next call in this thread. "" if the model has no cache
-LLAMA_API const char * llama_model_firstlayer_metrics(const struct llama_model * model);
+// Sums over all loaded models that have a cache, as metrics in the text format of Prometheus; "" if there are none. Valid until
+// the next call in this thread
+LLAMA_API const char * llama_firstlayer_metrics(void);
 
 #ifdef __cplusplus
 }

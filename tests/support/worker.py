@@ -456,8 +456,55 @@ def session(job):
         else:
             assert getattr(llama_cpp, f"llama_memory_seq_{step}")(memory, *arguments) in (None, True)
     llama_cpp.llama_free(context)
+    # equal to the source's output would also be that of a model whose cache is not used
+    data = cache_data(model)
+    assert data is None or data["n_misses"] > 0
     model.close()
     return results
+
+
+def training(job):
+    """A context decodes, another one trains all weights for an epoch, and the first decodes again: logits before and after."""
+    library = llama_cpp.llama_cpp._lib
+
+    def function(name, result, *arguments):
+        found = getattr(library, name)
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    class Params(ctypes.Structure):
+        """`struct llama_opt_params`, which the bindings declare without its last member."""
+
+        _fields_ = [*llama_cpp.llama_cpp.llama_opt_params._fields_, ("optimizer_type", ctypes.c_int)]
+
+    pointer, i64, f32 = ctypes.c_void_p, ctypes.c_int64, 0
+    size, count = 256, 4  # llama.cpp trains on whole contexts
+    model = Model(job["model"], load_mode=0, **job.get("load", {}))
+    options = {"n_ctx": size, "n_batch": size, "n_ubatch": size, "type_k": f32, "type_v": f32, "flash_attn_type": 0}
+    reader, trainer = model.context(**options), model.context(**options)
+
+    def logits():
+        tokens = model.tokens(job["tokens"])
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(reader), True)
+        assert decode(reader, tokens) == 0, "".join(messages)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(reader), (len(tokens), model.n_vocab)).copy()
+
+    before = logits()
+    i32 = 26  # enum ggml_type
+    dataset = function("ggml_opt_dataset_init", pointer, ctypes.c_int, ctypes.c_int, i64, i64, i64, i64)(
+        i32, i32, size, size, count, 1
+    )
+    ids = np.random.default_rng(1).integers(0, model.n_vocab, (count, size), np.int32)
+    for get, values in (("ggml_opt_dataset_data", ids), ("ggml_opt_dataset_labels", np.roll(ids, -1))):
+        tensor = ctypes.cast(function(get, pointer, pointer)(dataset), ctypes.POINTER(Tensor)).contents
+        ctypes.memmove(tensor.data, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+    every = llama_cpp.llama_cpp.llama_opt_param_filter(lambda _tensor, _data: True)
+    rates = ctypes.cast(library.ggml_opt_get_default_optimizer_params, pointer)
+    function("llama_opt_init", None, pointer, pointer, Params)(trainer, model.model, Params(0, every, None, rates, None, 0))
+    result = function("ggml_opt_result_init", pointer)
+    epoch = function("llama_opt_epoch", None, pointer, pointer, pointer, pointer, i64, pointer, pointer)
+    epoch(trainer, dataset, result(), result(), count - 1, None, None)
+    return before, logits()
 
 
 def contexts(job):
