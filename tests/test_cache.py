@@ -10,7 +10,7 @@ import architectures
 import numpy as np
 import pytest
 from support.builds import PATCHED, ROOT, STOCK, Cached, both, run, same, session
-from support.command_line import tool
+from support.command_line import run_tool, tool
 from support.counting import COUNTED, can_count, instructions
 from support.models import convert, quantized
 from support.servers import prompt, server
@@ -176,8 +176,7 @@ def test_no_report_without_a_cache(smollm):
 
 
 def complete(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [PATCHED / "llama-completion", "-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x", *options]
-    return subprocess.run([*map(str, command)], env=environment, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    return run_tool("llama-completion", "-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "x", *options, env=environment)
 
 
 def test_options(smollm, archs):

@@ -13,7 +13,7 @@ import json_schema
 import pytest
 import study_page
 from support.builds import PATCHED, ROOT
-from support.command_line import cli, refusal
+from support.command_line import cli, refusal, run_tool, whole_log
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.__main__ import VERBS
@@ -47,10 +47,8 @@ def test_completion(shell):
 def test_run_becomes_the_tool(smollm_flp):
     """Its options, output and exit code are the tool's own."""
     options = ["-m", smollm_flp["f32"], "-p", "Once upon a time", "-n", 4, "-t", 1, "--temp", 0, "-no-cnv"]
-    ours = cli("run", "main", *options, stdin=subprocess.DEVNULL)
-    command = [PATCHED / "llama-completion", *map(str, options)]
-    theirs = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
-    assert ours.stdout == theirs.stdout
+    ours = cli("run", "main", *options, stdin=subprocess.DEVNULL, env=os.environ | whole_log())
+    assert ours.stdout == run_tool("llama-completion", *options).stdout
     assert ours.stdout.startswith("Once upon a time")
     assert cli("run", "main", "--no-such-option").returncode == 1
     assert "invalid choice" in cli("run", "nothing").stderr

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from architectures import distance
 from support.builds import PATCHED, ROOT, both, run
+from support.command_line import run_tool
 from support.models import convert
 from support.servers import free_port
 
@@ -45,11 +46,11 @@ def rpc_server() -> Iterator[str]:
 
 def offloaded(model: Path, servers: str, *options: object) -> tuple[str, list[str]]:
     """Greedy text with all layers on RPC servers, and the scheduler's log of the last graph."""
-    command = [PATCHED / "llama-completion", "-m", model, "--rpc", servers, "-ngl", "99", "-t", "1", "-c", "512"]
-    command += ["-no-cnv", "--temp", "0", "-n", "24", "-p", "Once upon a time", "-lv", "5", *map(str, options)]
+    arguments = ["-m", model, "--rpc", servers, "-ngl", 99, "-t", 1, "-c", 512, "-no-cnv", "--temp", 0, "-n", 24]
     environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
     del environment["LLAMA_ARG_DEVICE"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, env=environment)
+    done = run_tool("llama-completion", *arguments, "-p", "Once upon a time", "-lv", 5, *options, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
     log = re.sub(r"\d+\.\d+\.\d+\.\d+ [A-Z] ", "", done.stderr)
     return done.stdout, log[log.rindex("## SPLIT #0") :].splitlines()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,27 @@ def cache_option(arguments: Iterable[object]) -> list[object]:
     return ["--firstlayer-cache", CACHE_SIZE] if any(isinstance(argument, Cached) for argument in arguments) else []
 
 
+@cache
+def whole_log() -> dict[str, str]:
+    """Environment of a tool whose log is read: with a library that waits for its last lines."""
+    if sys.platform != "linux":
+        return {}
+    library = Path(tempfile.mkdtemp()) / "whole_log.so"
+    command = ["c++", "-shared", "-fPIC", Path(__file__).with_name("whole_log.cpp"), "-o", library]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def run_tool(name: str, *arguments: object, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    """Run a tool of the patched build to its end."""
+    command = [str(PATCHED / name), *map(str, arguments)]
+    env = {**env, **whole_log()}
+    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
 def tool(name: str, *arguments: object, log: bool = False) -> str:
     """What a tool of the patched build prints, or its log."""
-    command = [str(PATCHED / name), *map(str, [*arguments, *cache_option(arguments)])]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = run_tool(name, *arguments, *cache_option(arguments))
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     if cache_option(arguments) and name != "llama-cli":  # which shows no warnings
         # equal to the source's output would also be that of a model whose cache was never made
