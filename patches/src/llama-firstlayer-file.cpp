@@ -28,6 +28,9 @@ static const char * const KV_FILE = "firstlayer.file";
 // another: MiB for rows that are computed when they are first needed, or "auto"
 static const char * const KV_CACHE = "firstlayer.cache";
 
+// another: what is left out since nobody reads it
+static const char * const KV_DEMAND = "firstlayer.demand";
+
 static const uint32_t VERSION = 1;
 
 //
@@ -58,6 +61,7 @@ static const uint32_t * get_u32(const gguf_context * meta, const char * key, siz
 
 static thread_local std::string path_tables;
 static thread_local double      cache_mib = 0.0;
+static thread_local std::string demand    = "none";
 
 void llama_firstlayer_set_tables(const char * path) {
     path_tables = path ? path : "";
@@ -65,6 +69,10 @@ void llama_firstlayer_set_tables(const char * path) {
 
 void llama_firstlayer_set_cache(double mib) {
     cache_mib = mib;
+}
+
+void llama_firstlayer_set_demand(const char * what) {
+    demand = what;
 }
 
 // whether the tables in a sidecar were computed from this model: the bytes in the middle of its weights are the same
@@ -159,25 +167,38 @@ static size_t requested_cache(const llama_model_loader & ml, size_t automatic) {
     return mib * 1024.0 * 1024.0;
 }
 
+static std::string requested_demand(const llama_model_loader & ml) {
+    const auto  it        = ml.kv_overrides.find(KV_DEMAND);
+    const bool  is_string = it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR;
+    std::string res       = it == ml.kv_overrides.end() ? demand : is_string ? it->second.val_str : "";
+    if (res != "none" && res != "rows" && res != "embeddings") {
+        throw std::runtime_error(format("override '%s' must be \"none\", \"rows\" or \"embeddings\"", KV_DEMAND));
+    }
+    return res;
+}
+
 std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml, uint32_t n_vocab) {
-    auto       res    = std::make_unique<llama_firstlayer>();
-    const auto cached = [&] {
-        return res->cache_bytes > 0 ? std::move(res) : nullptr;
+    auto       res            = std::make_unique<llama_firstlayer>();
+    const auto without_tables = [&] {
+        return res->cache_bytes > 0 || res->demand_rows ? std::move(res) : nullptr;
     };
 
-    res->cache_bytes = requested_cache(ml, CACHE_AUTO);
+    res->cache_bytes       = requested_cache(ml, CACHE_AUTO);
+    const auto what        = requested_demand(ml);
+    res->demand_rows       = what != "none";
+    res->demand_embeddings = what == "embeddings";
     if (ml.files.empty()) {
         if (ml.metadata && gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
             throw std::runtime_error("first-layer tables can only be read from a file");
         }
-        return cached();
+        return without_tables();
     }
     const gguf_context_ptr sidecar = load_sidecar(ml);
     const gguf_context *   meta    = sidecar ? sidecar.get() : ml.metadata;
 
     const int64_t id_version = gguf_find_key(meta, KV_VERSION);
     if (id_version < 0) {
-        return cached();
+        return without_tables();
     }
     if (res->cache_bytes > 0) {
         LLAMA_LOG_INFO("%s: the model has tables, so rows are not cached\n", __func__);

@@ -27,6 +27,14 @@ bool llama_firstlayer_is_packed(const ggml_tensor * t, uint8_t axes, size_t stri
     return last <= stride && next == stride * n_tokens;
 }
 
+bool llama_firstlayer_shrink(size_t & address, size_t stride, int64_t n, int64_t m) {
+    if (address / stride % n != 0) {
+        return false;
+    }
+    address = address % stride + address / (stride * n) * (stride * m);
+    return true;
+}
+
 //
 // rules for the axes of the tokens
 //
@@ -184,6 +192,139 @@ static bool axes_of_repeat(const ggml_tensor * t, const operand * src, uint8_t &
 }
 
 //
+// rules for the rows that are read
+//
+
+// each element by itself, or with what is broadcast along the axis
+static bool rows_by_value(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        const ggml_tensor * src = t->src[i];
+        if (!src || src == t) {  // ggml_cast refers to itself
+            continue;
+        }
+        if (src->ne[axis] == t->ne[axis]) {
+            src_axes[i] = axis;
+        } else if (src->ne[axis] != 1) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// mixes the values along axis 0
+static bool rows_by_row(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    return axis > 0 && rows_by_value(t, axis, src_axes);
+}
+
+// only along axis 1: the axes above pick a slope or a sink
+static bool rows_of_soft_max(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    return axis == 1 && rows_by_value(t, axis, src_axes);
+}
+
+static bool rows_of_concat(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    return axis != t->op_params[0] && rows_by_value(t, axis, src_axes);
+}
+
+// keeps the order of the elements
+static bool rows_of_reshape(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    const ggml_tensor * a     = t->src[0];
+    int64_t             below = 1;
+    for (int d = 0; d < axis; ++d) {
+        below *= t->ne[d];
+    }
+    int64_t n = 1;
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        if (n == below && a->ne[d] == t->ne[axis]) {
+            src_axes[0] = d;
+            return true;
+        }
+        n *= a->ne[d];
+    }
+    return false;
+}
+
+// moves no data: the axis of the operand is the one with the same stride
+static bool rows_of_view(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    const ggml_tensor * a      = t->src[0];
+    const size_t        stride = t->nb[axis];
+    const int64_t       n      = t->ne[axis];
+
+    size_t offset = t->view_offs - a->view_offs;
+    if (!llama_firstlayer_shrink(offset, stride, n, n)) {
+        return false;
+    }
+    size_t last = offset % stride + ggml_type_size(t->type);
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        size_t nb = t->nb[d];
+        if (d == axis || t->ne[d] == 1) {
+            continue;
+        }
+        if (!llama_firstlayer_shrink(nb, stride, n, n)) {
+            return false;
+        }
+        last += (t->ne[d] - 1) * (nb % stride);
+    }
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        if (a->ne[d] == n && a->nb[d] == stride) {
+            src_axes[0] = d;
+        }
+    }
+    return last <= stride && src_axes[0] != LLAMA_FIRSTLAYER_ALL_ROWS;
+}
+
+// the rows of b, with all of a, or with the matrix at the same place in a stack
+static bool rows_of_mul_mat(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    const ggml_tensor * a = t->src[0];
+    if (axis >= 2 && a->ne[axis] == t->ne[axis]) {
+        src_axes[0] = axis;
+    } else if (axis == 0 || (axis >= 2 && a->ne[axis] != 1)) {
+        return false;
+    }
+    src_axes[1] = axis;
+    return true;
+}
+
+// [m, n_used, n_tokens] = as [k, m, n_expert], b [k, 1 or n_used, n_tokens], ids [n_used, n_tokens]
+static bool rows_of_mul_mat_id(const ggml_tensor *, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[1] = 2;
+    src_axes[2] = 1;
+    return axis == 2;
+}
+
+// a [m, n_used, n_tokens], b [m, n_expert], ids [n_used, n_tokens]
+static bool rows_of_add_id(const ggml_tensor *, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[0] = 2;
+    src_axes[2] = 1;
+    return axis == 2;
+}
+
+// [m, n_used, n_tokens] = a [m, n, n_tokens], b [n_used, n_tokens]
+static bool rows_of_get_rows(const ggml_tensor *, int axis, llama_firstlayer_row_axes & src_axes) {
+    if (axis >= 2) {
+        src_axes[0] = axis;
+    }
+    src_axes[1] = axis - 1;
+    return axis > 0;
+}
+
+// a [n, n_head, n_tokens], positions [n_tokens]; those that have several for each token lie in another order
+static bool rows_of_rope(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[0] = 2;
+    src_axes[1] = 0;
+    return axis == 2 && t->src[1]->ne[0] == t->ne[2];
+}
+
+// [n, n_head, n_tokens] = q [n, n_tokens, n_head], k, v, mask [n_kv, n_tokens], sinks
+static bool rows_of_flash_attn(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    const ggml_tensor * mask = t->src[3];
+    src_axes[0]              = 1;
+    if (mask) {
+        src_axes[3] = 1;
+    }
+    return axis == 2 && (!mask || mask->ne[1] == t->ne[2]);
+}
+
+//
 // the table
 //
 
@@ -204,53 +345,54 @@ static constexpr struct {
 } ROWS[] = {
     // clang-format off
     // move no data
-    { GGML_OP_RESHAPE,      { nullptr,            LAYOUT | PRINTS_SHAPE } },
-    { GGML_OP_VIEW,         { nullptr,            LAYOUT | PRINTS_SHAPE } },
-    { GGML_OP_PERMUTE,      { nullptr,            LAYOUT } },
-    { GGML_OP_TRANSPOSE,    { nullptr,            LAYOUT } },
+    { GGML_OP_RESHAPE,      { nullptr,            rows_of_reshape,    LAYOUT | PRINTS_SHAPE } },
+    { GGML_OP_VIEW,         { nullptr,            rows_of_view,       LAYOUT | PRINTS_SHAPE } },
+    { GGML_OP_PERMUTE,      { nullptr,            rows_of_view,       LAYOUT } },
+    { GGML_OP_TRANSPOSE,    { nullptr,            rows_of_view,       LAYOUT } },
     // copy
-    { GGML_OP_DUP,          { axes_by_value,      COPY } },
-    { GGML_OP_CPY,          { axes_of_cast,       COPY | READS_GAPS | HAS_TARGET | PRINTS_TYPE } },
-    { GGML_OP_CONT,         { axes_of_cont,       COPY | READS_GAPS | PRINTS_SHAPE } },
-    { GGML_OP_SET_ROWS,     { nullptr,            READS_GAPS | HAS_TARGET } },
-    { GGML_OP_CONCAT,       { axes_of_concat,     READS_GAPS,                     { "dim" } } },
-    { GGML_OP_REPEAT,       { axes_of_repeat,     PRINTS_SHAPE } },
-    { GGML_OP_PAD,          { axes_of_repeat,     0 } },
-    { GGML_OP_GET_ROWS,     { axes_of_get_rows,   PICKS_ROWS } },
+    { GGML_OP_DUP,          { axes_by_value,      rows_by_value,      COPY } },
+    { GGML_OP_CPY,          { axes_of_cast,       rows_by_value,      COPY | READS_GAPS | HAS_TARGET | PRINTS_TYPE } },
+    { GGML_OP_CONT,         { axes_of_cont,       rows_of_reshape,    COPY | READS_GAPS | PRINTS_SHAPE } },
+    { GGML_OP_SET_ROWS,     { nullptr,            nullptr,            READS_GAPS | HAS_TARGET } },
+    { GGML_OP_CONCAT,       { axes_of_concat,     rows_of_concat,     READS_GAPS,                     { "dim" } } },
+    { GGML_OP_REPEAT,       { axes_of_repeat,     rows_by_value,      PRINTS_SHAPE } },
+    { GGML_OP_PAD,          { axes_of_repeat,     nullptr,            0 } },
+    { GGML_OP_GET_ROWS,     { axes_of_get_rows,   rows_of_get_rows,   PICKS_ROWS } },
     // each value by itself
-    { GGML_OP_SQR,          { axes_by_value,      0 } },
-    { GGML_OP_SQRT,         { axes_by_value,      0 } },
-    { GGML_OP_LOG,          { axes_by_value,      0 } },
-    { GGML_OP_SIN,          { axes_by_value,      0 } },
-    { GGML_OP_COS,          { axes_by_value,      0 } },
-    { GGML_OP_SCALE,        { axes_by_value,      0,                              { "scale:f", "bias:f" } } },
-    { GGML_OP_CLAMP,        { axes_by_value,      0,                              { "min:f", "max:f" } } },
-    { GGML_OP_LEAKY_RELU,   { axes_by_value,      0,                              { "slope:f" } } },
-    { GGML_OP_UNARY,        { axes_by_value,      0,                              { "", "p1:f", "p2:f", "p3:f", "p4:f" } } },  // xielu has four
+    { GGML_OP_SQR,          { axes_by_value,      rows_by_value,      0 } },
+    { GGML_OP_SQRT,         { axes_by_value,      rows_by_value,      0 } },
+    { GGML_OP_LOG,          { axes_by_value,      rows_by_value,      0 } },
+    { GGML_OP_SIN,          { axes_by_value,      rows_by_value,      0 } },
+    { GGML_OP_COS,          { axes_by_value,      rows_by_value,      0 } },
+    { GGML_OP_SCALE,        { axes_by_value,      rows_by_value,      0,                              { "scale:f", "bias:f" } } },
+    { GGML_OP_CLAMP,        { axes_by_value,      rows_by_value,      0,                              { "min:f", "max:f" } } },
+    { GGML_OP_LEAKY_RELU,   { axes_by_value,      rows_by_value,      0,                              { "slope:f" } } },
+    { GGML_OP_UNARY,        { axes_by_value,      rows_by_value,      0,                              { "", "p1:f", "p2:f", "p3:f", "p4:f" } } },  // xielu has four
     // each row by itself
-    { GGML_OP_NORM,         { axes_by_row,        READS_GAPS,                     { "eps:f" } } },
-    { GGML_OP_RMS_NORM,     { axes_by_row,        READS_GAPS,                     { "eps:f" } } },
-    { GGML_OP_L2_NORM,      { axes_by_row,        0,                              { "eps:f" } } },
-    { GGML_OP_SUM_ROWS,     { axes_by_row,        0 } },
-    { GGML_OP_MEAN,         { axes_by_row,        0 } },
-    { GGML_OP_CUMSUM,       { axes_by_row,        0 } },
-    { GGML_OP_ARGSORT,      { axes_by_row,        0,                              { "order" } } },
-    { GGML_OP_TOP_K,        { axes_by_row,        PRINTS_SHAPE } },
-    { GGML_OP_SOFT_MAX,     { axes_of_soft_max,   0,                              { "scale:f", "max_bias:f" } } },
-    { GGML_OP_GLU,          { axes_of_glu,        0,                              { "", "swapped", "alpha:f", "limit:f" } } },
-    { GGML_OP_ROPE,         { nullptr,            READS_GAPS } },
+    { GGML_OP_NORM,         { axes_by_row,        rows_by_row,        READS_GAPS,                     { "eps:f" } } },
+    { GGML_OP_RMS_NORM,     { axes_by_row,        rows_by_row,        READS_GAPS,                     { "eps:f" } } },
+    { GGML_OP_L2_NORM,      { axes_by_row,        rows_by_row,        0,                              { "eps:f" } } },
+    { GGML_OP_SUM_ROWS,     { axes_by_row,        rows_by_row,        0 } },
+    { GGML_OP_MEAN,         { axes_by_row,        rows_by_row,        0 } },
+    { GGML_OP_CUMSUM,       { axes_by_row,        rows_by_row,        0 } },
+    { GGML_OP_ARGSORT,      { axes_by_row,        rows_by_row,        0,                              { "order" } } },
+    { GGML_OP_TOP_K,        { axes_by_row,        rows_by_row,        PRINTS_SHAPE } },
+    { GGML_OP_SOFT_MAX,     { axes_of_soft_max,   rows_of_soft_max,   0,                              { "scale:f", "max_bias:f" } } },
+    { GGML_OP_GLU,          { axes_of_glu,        rows_by_row,        0,                              { "", "swapped", "alpha:f", "limit:f" } } },
+    { GGML_OP_ROPE,         { nullptr,            rows_of_rope,       READS_GAPS } },
+    { GGML_OP_FLASH_ATTN_EXT, { nullptr,          rows_of_flash_attn, 0 } },
     // two operands
-    { GGML_OP_ADD,          { axes_of_broadcast,  READS_GAPS } },
-    { GGML_OP_SUB,          { axes_of_broadcast,  READS_GAPS } },
-    { GGML_OP_MUL,          { axes_of_broadcast,  READS_GAPS } },
-    { GGML_OP_DIV,          { axes_of_broadcast,  READS_GAPS } },
-    { GGML_OP_ADD_ID,       { axes_of_add_id,     0 } },
+    { GGML_OP_ADD,          { axes_of_broadcast,  rows_by_value,      READS_GAPS } },
+    { GGML_OP_SUB,          { axes_of_broadcast,  rows_by_value,      READS_GAPS } },
+    { GGML_OP_MUL,          { axes_of_broadcast,  rows_by_value,      READS_GAPS } },
+    { GGML_OP_DIV,          { axes_of_broadcast,  rows_by_value,      READS_GAPS } },
+    { GGML_OP_ADD_ID,       { axes_of_add_id,     rows_of_add_id,     0 } },
     // the precision of the activations is left out: it is a policy that comes with the weight
-    { GGML_OP_MUL_MAT,      { axes_of_mul_mat,    PRODUCT,                        { "prec", "hint", "", "" } } },
-    { GGML_OP_MUL_MAT_ID,   { axes_of_mul_mat_id, PRODUCT | PICKS_EXPERT,         { "prec", "hint", "", "" } } },
+    { GGML_OP_MUL_MAT,      { axes_of_mul_mat,    rows_of_mul_mat,    PRODUCT,                        { "prec", "hint", "", "" } } },
+    { GGML_OP_MUL_MAT_ID,   { axes_of_mul_mat_id, rows_of_mul_mat_id, PRODUCT | PICKS_EXPERT,         { "prec", "hint", "", "" } } },
     // fused for one architecture
-    { GGML_OP_DSV4_HC_PRE,  { axes_of_hc_pre,     0,                              { "scale:f", "gated" } } },
-    { GGML_OP_DSV4_HC_COMB, { axes_of_hc_comb,    0,                              { "eps:f", "n_iter" } } },
+    { GGML_OP_DSV4_HC_PRE,  { axes_of_hc_pre,     nullptr,            0,                              { "scale:f", "gated" } } },
+    { GGML_OP_DSV4_HC_COMB, { axes_of_hc_comb,    nullptr,            0,                              { "eps:f", "n_iter" } } },
     // clang-format on
 };
 

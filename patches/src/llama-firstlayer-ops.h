@@ -24,6 +24,15 @@ using llama_firstlayer_axis_rule = bool (*)(const ggml_tensor *              t,
                                             const llama_firstlayer_operand * src,
                                             uint8_t &                        axes);
 
+// For each operand of a node, the axis along which some of its rows are needed; ALL where it is needed as a whole
+using llama_firstlayer_row_axes = std::array<int8_t, GGML_MAX_SRC>;
+
+static constexpr int LLAMA_FIRSTLAYER_ALL_ROWS = -1;
+
+// Whether t is row-wise along an axis: its element i there needs only element i of its operands, along their axes, and what
+// they need as a whole. src_axes: in, all ALL; out, the axes.
+using llama_firstlayer_row_rule = bool (*)(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes);
+
 enum llama_firstlayer_op_trait : uint32_t {
     LLAMA_FIRSTLAYER_OP_LAYOUT       = 1 << 0,  // moves no data
     LLAMA_FIRSTLAYER_OP_COPY         = 1 << 1,
@@ -39,6 +48,8 @@ enum llama_firstlayer_op_trait : uint32_t {
 struct llama_firstlayer_op {
     // nullptr: not known to be row-wise; layout operations are judged by their strides instead
     llama_firstlayer_axis_rule axis_rule = nullptr;
+    // nullptr: not known to be row-wise in the other direction
+    llama_firstlayer_row_rule  row_rule  = nullptr;
     uint32_t                   traits    = 0;
     // names of its parameters in a recipe, in the order of the words of op_params: ":f" marks a float, "" a parameter that
     // recipes leave out; a parameter without a name is printed under its number
@@ -52,6 +63,10 @@ extern const std::array<llama_firstlayer_op, GGML_OP_COUNT> LLAMA_FIRSTLAYER_OPS
 inline const llama_firstlayer_op & llama_firstlayer_get_op(const ggml_tensor * t) {
     return LLAMA_FIRSTLAYER_OPS[t->op];
 }
+
+// Translate an address to the same one in memory where there are m instead of n tokens, `stride` bytes apart; false if it is
+// not one of token 0
+bool llama_firstlayer_shrink(size_t & address, size_t stride, int64_t n, int64_t m);
 
 // whether a view holds all tokens in order, and nothing in it crosses from one token to the next
 bool llama_firstlayer_is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset, int64_t n_tokens);

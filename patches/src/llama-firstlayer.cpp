@@ -2,6 +2,7 @@
 
 #include "llama-cpp.h"
 #include "llama-firstlayer-cache.h"
+#include "llama-firstlayer-demand.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -30,6 +31,9 @@ void llama_firstlayer::set_weights(const llama_model & model) {
 void llama_firstlayer::check(llama_model_base & model) {
     if (cache_bytes > 0) {
         create_cache(model);
+        return;
+    }
+    if (tables.empty()) {
         return;
     }
     set_weights(model);
@@ -234,6 +238,31 @@ bool llama_firstlayer::is_reserve(const llama_ubatch & ubatch) {
 }
 
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
+    ggml_cgraph * gf = use_rows(model, params);
+    if (gf && demand_rows && !observe) {
+        leave_out(params);
+    }
+    return gf;
+}
+
+bool llama_firstlayer::drops_logits(bool embeddings, bool has_samplers) const {
+    return demand_embeddings && embeddings && !has_samplers;
+}
+
+void llama_firstlayer::leave_out(const llm_graph_params & params) {
+    const auto & cparams = params.cparams;
+    // callbacks see all rows, and so does the loss in training
+    if (cparams.cb_eval || cparams.training) {
+        return;
+    }
+    llama_firstlayer_demand demand(params, !drops_logits(cparams.embeddings, !params.samplers.empty()));
+    if (demand.apply() && !is_reserve(params.ubatch) && !told_demand.exchange(true)) {
+        // a warning, since tools do not show info messages
+        LLAMA_LOG_WARN("%s: not computed, since nobody reads it: %s\n", __func__, demand.describe().c_str());
+    }
+}
+
+ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = params.res->get_gf();
 
     if (!observe && phantoms.empty() && (sites.empty() || (cache && !cache->serves(model, params)))) {

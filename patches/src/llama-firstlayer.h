@@ -100,6 +100,12 @@ LLAMA_API void llama_firstlayer_set_tables(const char * path);
 // parameter for the same is the override "firstlayer.cache", a number or the string "auto"
 LLAMA_API void llama_firstlayer_set_cache(double mib);
 
+// What is left out of the graphs of the models that this thread loads from now on, since nobody reads it: "none", "rows" or
+// "embeddings". The model parameter for the same is the string override "firstlayer.demand":
+//   rows        rows of the last layers that are no output and that no output needs
+//   embeddings  besides, logits where a context gives embeddings; llama_get_logits then returns NULL
+LLAMA_API void llama_firstlayer_set_demand(const char * what);
+
 // Check whether a converted file can be loaded: build its graphs as loading does, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
@@ -261,8 +267,11 @@ struct llama_firstlayer {
     // Build the graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
 
-    // Replace sites by table lookups. Returns nullptr if the graph would read an elided weight.
+    // Replace sites by table lookups, and leave out what nobody reads. Returns nullptr if the graph would read an elided weight.
     ggml_cgraph * apply(const llama_model & model, const llm_graph_params & params);
+
+    // whether a context computes no logits
+    bool drops_logits(bool embeddings, bool has_samplers) const;
 
     // Take the sites from constants, the first n_tokens rows of each table, for batches of up to n_tokens tokens. Throws
     // std::runtime_error.
@@ -287,7 +296,14 @@ struct llama_firstlayer {
     void create_cache(llama_model & model);
     void find_cache_sites(llama_model & model);
 
-    size_t cache_bytes = 0;  // for rows that are computed; 0 for none
+    size_t cache_bytes       = 0;      // for rows that are computed; 0 for none
+    bool   demand_rows       = false;  // leave out rows that nobody reads
+    bool   demand_embeddings = false;  // and logits beside embeddings
+
+    std::atomic<bool> told_demand = false;
+
+    ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
+    void          leave_out(const llm_graph_params & params);
 
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 

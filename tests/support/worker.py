@@ -53,16 +53,18 @@ def on_log(level, text, _user_data):
 
 
 class Model:
-    def __init__(self, path, sidecar=None, cache=0, cache_rows=0, **options):
+    def __init__(self, path, sidecar=None, cache=0, cache_rows=0, demand=None, **options):
         """A model with its sidecar, if it has one; with a row cache of `cache` MiB or "auto", or of `cache_rows` rows."""
         params = llama_cpp.llama_model_default_params()
         if cache_rows and (cached := cache_data(Model(path, cache=4096, **options))):
             cache = (cache_rows + 0.5) * cached["n_bytes_max"] / cached["n_rows_max"] / 2**20
-        self.overrides = (llama_cpp.llama_model_kv_override * 3)()  # the last one ends them
+        self.overrides = (llama_cpp.llama_model_kv_override * 4)()  # the last one ends them
         if sidecar:
             self.override("firstlayer.file", sidecar)
         if cache:
             self.override("firstlayer.cache", cache)
+        if demand:
+            self.override("firstlayer.demand", demand)
         params.kv_overrides = self.overrides
         if "n_gpu_layers" not in options:
             self.no_device = (ctypes.c_void_p * 1)(None)  # a device would also get large products of layers on the CPU
@@ -341,25 +343,27 @@ def load(job):
 
 
 def make_batch(context, parts):
-    """A batch of runs of tokens, (ids of their sequences, tokens). Each run continues where the first of its sequences ends."""
+    """A batch of runs of tokens, (ids of their sequences, tokens, number of outputs at the end). Each run continues where the
+    first of its sequences ends.
+    """
     memory, position, entries = llama_cpp.llama_get_memory(context), {}, []
-    for seqs, tokens in parts:
-        first = position.get(seqs[0], llama_cpp.llama_memory_seq_pos_max(memory, seqs[0]) + 1)
-        entries += [(seqs, first + i, token) for i, token in enumerate(tokens)]
+    for seqs, tokens, n_outputs in parts:
+        first = position.get(seqs[0], llama_cpp.llama_memory_seq_pos_max(memory, seqs[0]) + 1) if memory else 0
+        entries += [(seqs, first + i, token, i >= len(tokens) - n_outputs) for i, token in enumerate(tokens)]
         position |= dict.fromkeys(seqs, first + len(tokens))
-    batch = llama_cpp.llama_batch_init(len(entries), 0, max(len(seqs) for seqs, _ in parts))
+    batch = llama_cpp.llama_batch_init(len(entries), 0, max(len(seqs) for seqs, *_ in parts))
     batch.n_tokens = len(entries)
-    for i, (seqs, place, token) in enumerate(entries):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, len(seqs), 1
+    for i, (seqs, place, token, is_output) in enumerate(entries):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, len(seqs), is_output
         for j, seq in enumerate(seqs):
             batch.seq_id[i][j] = seq
     return batch
 
 
 def given(model, context, parts):
-    """Logits of all tokens of a batch, or of embedding models, the vectors of its sequences (with pooling) or tokens."""
-    seqs = sorted({seq for seqs, _ in parts for seq in seqs})
-    count = sum(len(tokens) for _, tokens in parts)
+    """Logits of the outputs of a batch, or of embedding models, the vectors of its sequences (with pooling) or tokens."""
+    seqs = sorted({seq for seqs, *_ in parts for seq in seqs})
+    count = sum(n_outputs for *_, n_outputs in parts)
     pooling = llama_cpp.llama_pooling_type(context)
     if pooling > 0:
         width = llama_cpp.llama_model_n_embd_out(model.model)
@@ -369,20 +373,22 @@ def given(model, context, parts):
     if model.embeddings:
         width = llama_cpp.llama_model_n_embd_out(model.model)
         return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(context), (count, width)).copy()
+    if count == 0:
+        return np.empty((0, model.n_vocab), np.float32)
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (count, model.n_vocab)).copy()
 
 
-def save(context, path, seq=None):
-    """Write the state of a context, or of one sequence, to a file."""
+def state(context, seq=None):
+    """Bytes of the state of a context, or of one sequence."""
     if seq is None:
         size, get = llama_cpp.llama_state_get_size(context), llama_cpp.llama_state_get_data
     else:
         size, get = llama_cpp.llama_state_seq_get_size(context, seq), llama_cpp.llama_state_seq_get_data
-    data = (ctypes.c_uint8 * size)()
-    written = get(context, data, size) if seq is None else get(context, data, size, seq)
+    data = np.empty(size, np.uint8)
+    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    written = get(context, pointer, size) if seq is None else get(context, pointer, size, seq)
     assert written == size, "".join(messages)
-    with open(path, "wb") as out:
-        out.write(data)
+    return data
 
 
 def load_state(context, path, seq=None):
@@ -406,8 +412,10 @@ def control(model, context, seed):
 def session(job):
     """Run a list of steps in a context. Returns the results of those that have any, in order.
 
-    decode [sequences, tokens]...               one llama_decode
+    decode [sequences, tokens, outputs]...      one llama_decode, with that many outputs at the end, by default all
     save path [sequence], load path [sequence]  the state (llama_state_get_data, llama_state_set_data)
+    encode tokens                               one llama_encode
+    state                                       the bytes of the state of the context
     embed first count seed                      one llama_decode of random vectors instead of tokens, as for images
     resident                                    resident bytes of the process
     control seed                                a random control vector
@@ -420,13 +428,18 @@ def session(job):
     memory, results = llama_cpp.llama_get_memory(context), []
     for step, *arguments in job["steps"]:
         if step == "decode":
-            parts = [(seqs, model.tokens(tokens)) for seqs, tokens in arguments]
+            texts = [(seqs, model.tokens(tokens), outputs) for seqs, tokens, *outputs in arguments]
+            parts = [(seqs, tokens, outputs[0] if outputs else len(tokens)) for seqs, tokens, outputs in texts]
             batch = make_batch(context, parts)
             status = llama_cpp.llama_decode(context, batch)
             llama_cpp.llama_batch_free(batch)
             if status != 0:
                 raise RuntimeError(f"llama_decode returned {status}: {''.join(messages)}")
             results.append(given(model, context, parts))
+        elif step == "encode":
+            assert decode(context, model.tokens(*arguments), run=llama_cpp.llama_encode) == 0, "".join(messages)
+        elif step == "state":
+            results.append(state(context))
         elif step == "embed":
             first, count, seed = arguments
             width = llama_cpp.llama_model_n_embd_inp(model.model)
@@ -448,7 +461,8 @@ def session(job):
             data = cache_data(model)
             results.append(np.array([data["n_hits"], data["n_misses"]]))
         elif step == "save":
-            save(context, *arguments)
+            path, *seq = arguments
+            state(context, *seq).tofile(path)
         elif step == "load":
             load_state(context, *arguments)
         elif step == "control":
@@ -557,9 +571,7 @@ def sample(job):
     context = model.context(**options)
     tokens, out, in_graph = model.tokens(job["prompt"]), [], 0
     while len(out) < job["n_predict"]:
-        batch = make_batch(context, [([0], tokens)])
-        for i in range(len(tokens) - 1):
-            batch.logits[i] = 0
+        batch = make_batch(context, [([0], tokens, 1)])
         assert llama_cpp.llama_decode(context, batch) == 0, "".join(messages)
         llama_cpp.llama_batch_free(batch)
         in_graph += llama_cpp.llama_get_sampled_token_ith(context, -1) >= 0

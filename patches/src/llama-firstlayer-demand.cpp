@@ -1,0 +1,284 @@
+#include "llama-firstlayer-demand.h"
+
+#include "llama-graph.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cinttypes>
+
+static bool is_layout(const ggml_tensor * t) {
+    return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
+}
+
+llama_firstlayer_demand::llama_firstlayer_demand(const llm_graph_params & params, bool with_logits) :
+    params(params),
+    ctx(params.res->get_ctx()),
+    gf(params.res->get_gf()),
+    n_tokens(params.ubatch.n_tokens),
+    nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)) {
+    drop_outputs(with_logits);
+    find_index();
+}
+
+//
+// what is read
+//
+
+// llama_context reads these tensors of a graph, depending on its parameters
+void llama_firstlayer_demand::drop_outputs(bool with_logits) {
+    const auto &       cparams = params.cparams;
+    llm_graph_result & res     = *params.res;
+
+    const bool encodes = params.gtype == LLM_GRAPH_TYPE_ENCODER;
+
+    if (!with_logits && res.t_logits) {
+        dropped.insert(res.t_logits);
+        res.t_logits = nullptr;
+    }
+    if (res.t_embd && (res.t_embd_pooled || !(cparams.embeddings || encodes))) {
+        dropped.insert(res.t_embd);
+    }
+    if (res.t_h_nextn && !cparams.embeddings_nextn) {
+        dropped.insert(res.t_h_nextn);
+    }
+    for (const ggml_tensor * t : { res.t_logits, res.t_embd_pooled }) {
+        dropped.erase(t);
+    }
+    for (ggml_tensor * t : nodes) {
+        if (dropped.count(t)) {
+            t->flags &= ~GGML_TENSOR_FLAG_OUTPUT;
+        }
+    }
+    if (!dropped.empty()) {
+        for (const ggml_tensor * t : nodes) {
+            for (const ggml_tensor * src : t->src) {
+                if (src != t) {
+                    has_readers.insert(src);
+                }
+            }
+        }
+    }
+}
+
+void llama_firstlayer_demand::find_index() {
+    std::vector<ggml_tensor *> outputs;
+    std::vector<ggml_tensor *> pooled;
+    for (const auto & input : params.res->inputs) {
+        const auto * out_ids = dynamic_cast<const llm_graph_input_out_ids *>(input.get());
+        const auto * cls     = dynamic_cast<const llm_graph_input_cls *>(input.get());
+        if (out_ids && out_ids->out_ids->ne[0] == n_tokens) {
+            identities.insert(out_ids->out_ids);
+        } else if (out_ids) {
+            outputs.push_back(out_ids->out_ids);
+        } else if (cls && cls->cls->ne[0] < n_tokens) {
+            pooled.push_back(cls->cls);
+        }
+    }
+    const auto & list = outputs.empty() ? pooled : outputs;
+    if (!list.empty()) {
+        index = list.front();
+        indices.insert(list.begin(), list.end());
+    }
+}
+
+bool llama_firstlayer_demand::is_selection(const ggml_tensor * t) const {
+    return t->op == GGML_OP_GET_ROWS && indices.count(t->src[1]) && t->src[0]->type == GGML_TYPE_F32 &&
+           t->src[0]->ne[1] == n_tokens && ggml_is_matrix(t->src[0]);
+}
+
+// whether a node must compute all rows
+bool llama_firstlayer_demand::is_whole(const ggml_tensor * t) const {
+    const bool has_target = t->view_src && !is_layout(t);
+    return (t->flags & GGML_TENSOR_FLAG_OUTPUT) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE) || has_target ||
+           whole.count(t);
+}
+
+bool llama_firstlayer_demand::row_axes(const ggml_tensor * t, narrowed & rows) const {
+    if (t->op == GGML_OP_GET_ROWS && identities.count(t->src[1])) {
+        rows.src_axes[0] = rows.axis;
+        return rows.axis == 1 && ggml_is_matrix(t->src[0]) && t->src[0]->type == GGML_TYPE_F32;
+    }
+    const auto rule = llama_firstlayer_get_op(t).row_rule;
+    return rule && rule(t, rows.axis, rows.src_axes);
+}
+
+void llama_firstlayer_demand::read(const ggml_tensor * t, int axis) {
+    const auto [it, is_new] = reads.emplace(t, axis);
+    if (!is_new && it->second != axis) {
+        it->second = ALL;
+    }
+}
+
+bool llama_firstlayer_demand::spread() {
+    reads.clear();
+    narrow.clear();
+    dead.clear();
+
+    for (auto it = nodes.rbegin(); it != nodes.rend(); ++it) {
+        const ggml_tensor * t       = *it;
+        const auto          found   = reads.find(t);
+        const bool          is_read = found != reads.end();
+        narrowed            rows    = { is_read ? found->second : ALL, {} };
+        rows.src_axes.fill(ALL);
+
+        if (!is_read && (dropped.count(t) || has_readers.count(t)) && !is_whole(t)) {
+            dead.insert(t);
+            continue;
+        }
+        if (rows.axis != ALL && !is_whole(t) && row_axes(t, rows)) {
+            narrow.emplace(t, rows);
+        } else {
+            rows.src_axes.fill(ALL);
+            rows.src_axes[0] = is_selection(t) ? 1 : ALL;
+        }
+        for (int i = 0; i < GGML_MAX_SRC; ++i) {
+            if (t->src[i] && t->src[i] != t) {
+                read(t->src[i], rows.src_axes[i]);
+            }
+        }
+    }
+
+    const size_t n_whole = whole.size();
+    for (const auto & [t, rows] : narrow) {
+        for (int i = 0; i < GGML_MAX_SRC; ++i) {
+            if (rows.src_axes[i] != ALL && !narrow.count(t->src[i]) && !can_select(t->src[i], rows.src_axes[i])) {
+                whole.insert(t);
+            }
+        }
+    }
+    return whole.size() == n_whole;
+}
+
+//
+// rewrite
+//
+
+// get_rows needs the rows one after the other
+bool llama_firstlayer_demand::can_select(const ggml_tensor * t, int axis) const {
+    const bool has_rows = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_I32;
+    return has_rows && ggml_is_contiguous(t) && t->ne[axis] == n_tokens &&
+           std::all_of(t->ne + axis + 1, t->ne + GGML_MAX_DIMS, [](int64_t n) { return n == 1; });
+}
+
+ggml_tensor * llama_firstlayer_demand::select(ggml_tensor * t, int axis) {
+    ggml_tensor *& res = selected[t];
+    if (res) {
+        return res;
+    }
+    res = ggml_get_rows(ctx, ggml_reshape_2d(ctx, t, ggml_nelements(t) / n_tokens, n_tokens), index);
+    ggml_format_name(res, "%s (rows read)", ggml_get_name(t));
+    if (res->type != t->type) {
+        res = ggml_cast(ctx, res, t->type);
+    }
+    int64_t ne[GGML_MAX_DIMS];
+    std::copy(std::begin(t->ne), std::end(t->ne), ne);
+    ne[axis] = index->ne[0];
+    res      = ggml_reshape_4d(ctx, res, ne[0], ne[1], ne[2], ne[3]);
+    return res;
+}
+
+// let a view start `offset` bytes into its operand
+static void look_at(ggml_tensor * t, size_t offset) {
+    t->view_src  = t->src[0]->view_src ? t->src[0]->view_src : t->src[0];
+    t->view_offs = t->src[0]->view_offs + offset;
+}
+
+// a selection of rows from what has no others
+static void become_view(ggml_tensor * t) {
+    t->op     = GGML_OP_VIEW;
+    t->src[1] = nullptr;
+    look_at(t, 0);
+}
+
+// the rows that are read are all that a node computes
+void llama_firstlayer_demand::shrink(ggml_tensor * t, const narrowed & rows) {
+    const ggml_tensor old    = *t;
+    const size_t      stride = old.nb[rows.axis];
+    before.emplace(t, old);
+
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        if (rows.src_axes[i] != ALL && !narrow.count(t->src[i])) {
+            t->src[i] = select(t->src[i], rows.src_axes[i]);
+        }
+    }
+    t->ne[rows.axis] = index->ne[0];
+    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
+        if (d != rows.axis) {
+            llama_firstlayer_shrink(t->nb[d], stride, n_tokens, index->ne[0]);
+        }
+    }
+    if (is_layout(t)) {
+        const auto found  = before.find(old.src[0]);
+        size_t     offset = old.view_offs - (found != before.end() ? &found->second : old.src[0])->view_offs;
+        llama_firstlayer_shrink(offset, stride, n_tokens, index->ne[0]);
+        look_at(t, offset);
+    } else if (t->op == GGML_OP_GET_ROWS && identities.count(t->src[1])) {
+        become_view(t);
+    }
+}
+
+bool llama_firstlayer_demand::apply() {
+    while (!spread()) {
+    }
+    if (narrow.empty() && dead.empty()) {
+        return false;
+    }
+    for (ggml_tensor * t : nodes) {
+        const auto found = narrow.find(t);
+        if (found != narrow.end()) {
+            shrink(t, found->second);
+        } else if (t->op == GGML_OP_GET_ROWS && indices.count(t->src[1]) && narrow.count(t->src[0])) {
+            become_view(t);
+        }
+    }
+
+    ggml_graph_clear(gf);
+    // inputs are set for every batch, so they must be allocated, even those that nothing reads
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
+            ggml_build_forward_order(gf, t);
+        }
+    }
+    for (ggml_tensor * t : nodes) {
+        if (dead.count(t)) {
+            continue;
+        }
+        if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {
+            ggml_build_forward_expand(gf, t);
+        } else {
+            ggml_build_forward_order(gf, t);
+        }
+    }
+    return true;
+}
+
+std::string llama_firstlayer_demand::describe() const {
+    std::string res;
+    if (!narrow.empty()) {
+        res = format("%zu of %zu nodes compute %" PRId64 " of %" PRId64 " rows", narrow.size(), nodes.size(),
+                     index->ne[0], n_tokens);
+    }
+    if (!dead.empty()) {
+        res += format("%s%zu nodes are left out", res.empty() ? "" : ", ", dead.size());
+    }
+    return res;
+}
+
+int64_t llama_firstlayer_multiply_adds(ggml_cgraph * gf) {
+    int64_t res = 0;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            continue;
+        }
+        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) {
+            res += ggml_nelements(t) * t->src[0]->ne[0];
+        } else if (t->op == GGML_OP_FLASH_ATTN_EXT) {
+            const ggml_tensor * q = t->src[0];
+            const ggml_tensor * k = t->src[1];
+            const ggml_tensor * v = t->src[2];
+            res += ggml_nrows(q) * k->ne[1] * (k->ne[0] + v->ne[0]);
+        }
+    }
+    return res;
+}

@@ -1,0 +1,73 @@
+#pragma once
+
+#include "ggml.h"
+#include "llama-firstlayer-ops.h"
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+struct llm_graph_params;
+
+// Leaves out of a graph what nobody reads: the walk in the other direction. Where the graph selects rows - those of the tokens
+// that are output, or those that pooling takes - the selection moves up through row-wise operations, and through attention on
+// the side of its queries. It stops at what other rows need: keys, values, states.
+struct llama_firstlayer_demand {
+    llama_firstlayer_demand(const llm_graph_params & params, bool with_logits);
+
+    // Rewrite the graph, in place. False if all of it is read.
+    bool apply();
+
+    // in the log: what is left out
+    std::string describe() const;
+
+  private:
+    static constexpr int ALL = LLAMA_FIRSTLAYER_ALL_ROWS;
+
+    // a node that computes only the rows that are read
+    struct narrowed {
+        int                       axis;
+        llama_firstlayer_row_axes src_axes;
+    };
+
+    using tensor_set = std::unordered_set<const ggml_tensor *>;
+
+    void drop_outputs(bool with_logits);
+    void find_index();
+    bool is_selection(const ggml_tensor * t) const;
+    bool is_whole(const ggml_tensor * t) const;
+    bool row_axes(const ggml_tensor * t, narrowed & rows) const;
+    void read(const ggml_tensor * t, int axis);
+
+    // Find what is read of each node, against the order of the graph. False if `whole` has grown: then once more.
+    bool spread();
+
+    bool          can_select(const ggml_tensor * t, int axis) const;
+    ggml_tensor * select(ggml_tensor * t, int axis);
+    void          shrink(ggml_tensor * t, const narrowed & rows);
+
+    const llm_graph_params &   params;
+    ggml_context *             ctx;
+    ggml_cgraph *              gf;
+    int64_t                    n_tokens;
+    std::vector<ggml_tensor *> nodes;  // in graph order
+
+    ggml_tensor * index = nullptr;     // I32: which rows are read
+    tensor_set    indices;             // the inputs that are the same
+    tensor_set    identities;          // those that select all rows, in order
+
+    tensor_set dropped;                // outputs that nobody reads,
+    tensor_set dead;                   // and what is computed for them alone
+    tensor_set has_readers;            // in the graph as it was
+    tensor_set whole;                  // nodes that cannot be narrowed, since their operands cannot
+
+    std::unordered_map<const ggml_tensor *, int>           reads;     // axis of the rows that are read, or ALL
+    std::unordered_map<const ggml_tensor *, narrowed>      narrow;
+    std::unordered_map<const ggml_tensor *, ggml_tensor>   before;    // narrowed nodes as they were
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> selected;  // rows of tensors that are computed whole
+};
+
+// multiply-adds of the products of matrices in a graph, attention included
+int64_t llama_firstlayer_multiply_adds(ggml_cgraph * gf);
