@@ -125,7 +125,7 @@ bool llama_firstlayer_demand::spread() {
             dead.insert(t);
             continue;
         }
-        if (rows.axis != ALL && !is_whole(t) && row_axes(t, rows)) {
+        if (rows.axis != ALL && t->ne[rows.axis] == n_tokens && !is_whole(t) && row_axes(t, rows)) {
             narrow.emplace(t, rows);
         } else {
             rows.src_axes.fill(ALL);
@@ -153,11 +153,9 @@ bool llama_firstlayer_demand::spread() {
 // rewrite
 //
 
-// get_rows needs the rows one after the other
 bool llama_firstlayer_demand::can_select(const ggml_tensor * t, int axis) const {
     const bool has_rows = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_I32;
-    return has_rows && ggml_is_contiguous(t) && t->ne[axis] == n_tokens &&
-           std::all_of(t->ne + axis + 1, t->ne + GGML_MAX_DIMS, [](int64_t n) { return n == 1; });
+    return has_rows && ggml_is_contiguous(t) && t->ne[axis] % n_tokens == 0;
 }
 
 ggml_tensor * llama_firstlayer_demand::select(ggml_tensor * t, int axis) {
@@ -165,15 +163,21 @@ ggml_tensor * llama_firstlayer_demand::select(ggml_tensor * t, int axis) {
     if (res) {
         return res;
     }
-    res = ggml_get_rows(ctx, ggml_reshape_2d(ctx, t, ggml_nelements(t) / n_tokens, n_tokens), index);
+    int64_t ne[GGML_MAX_DIMS];
+    std::copy(std::begin(t->ne), std::end(t->ne), ne);
+    ne[axis] = ne[axis] / n_tokens * index->ne[0];
+
+    // an axis may hold the tokens several times, and others may be above it
+    const int64_t width = t->nb[axis] / t->nb[0];
+    const int64_t n     = ggml_nelements(t) / (width * n_tokens);
+
+    ggml_tensor * ids = n == 1 ? index : ggml_repeat_4d(ctx, index, index->ne[0], n, 1, 1);
+    res               = ggml_get_rows(ctx, ggml_reshape_3d(ctx, t, width, n_tokens, n), ids);
     ggml_format_name(res, "%s (rows read)", ggml_get_name(t));
     if (res->type != t->type) {
         res = ggml_cast(ctx, res, t->type);
     }
-    int64_t ne[GGML_MAX_DIMS];
-    std::copy(std::begin(t->ne), std::end(t->ne), ne);
-    ne[axis] = index->ne[0];
-    res      = ggml_reshape_4d(ctx, res, ne[0], ne[1], ne[2], ne[3]);
+    res = ggml_reshape_4d(ctx, res, ne[0], ne[1], ne[2], ne[3]);
     return res;
 }
 

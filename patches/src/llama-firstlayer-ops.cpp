@@ -307,11 +307,11 @@ static bool rows_of_get_rows(const ggml_tensor *, int axis, llama_firstlayer_row
     return axis > 0;
 }
 
-// a [n, n_head, n_tokens], positions [n_tokens]; those that have several for each token lie in another order
+// a [n, n_head, n_tokens], positions [n_tokens], or all first ones of the tokens, then all second ones, ...
 static bool rows_of_rope(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
     src_axes[0] = 2;
     src_axes[1] = 0;
-    return axis == 2 && t->src[1]->ne[0] == t->ne[2];
+    return axis == 2 && t->src[1]->ne[0] % t->ne[2] == 0;
 }
 
 // [n, n_head, n_tokens] = q [n, n_tokens, n_head], k, v, mask [n_kv, n_tokens], sinks
@@ -322,6 +322,28 @@ static bool rows_of_flash_attn(const ggml_tensor * t, int axis, llama_firstlayer
         src_axes[3] = 1;
     }
     return axis == 2 && (!mask || mask->ne[1] == t->ne[2]);
+}
+
+// [m, n_tokens] = a [m, n, n_tokens], b [n, n_tokens] or of a's shape
+static bool rows_of_hc_pre(const ggml_tensor * t, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[0] = 2;
+    src_axes[1] = t->op_params[1] ? 2 : 1;
+    return axis == 1;
+}
+
+// [n, n, n_tokens] = a [m, n_tokens]
+static bool rows_of_hc_comb(const ggml_tensor *, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[0] = 1;
+    return axis == 2;
+}
+
+// [m, n, n_tokens] = x [m, n_tokens], residual [m, n, n_tokens], post [n, n_tokens], comb [n, n, n_tokens]
+static bool rows_of_hc_post(const ggml_tensor *, int axis, llama_firstlayer_row_axes & src_axes) {
+    src_axes[0] = 1;
+    src_axes[1] = 2;
+    src_axes[2] = 1;
+    src_axes[3] = 2;
+    return axis == 2;
 }
 
 //
@@ -391,8 +413,9 @@ static constexpr struct {
     { GGML_OP_MUL_MAT,      { axes_of_mul_mat,    rows_of_mul_mat,    PRODUCT,                        { "prec", "hint", "", "" } } },
     { GGML_OP_MUL_MAT_ID,   { axes_of_mul_mat_id, rows_of_mul_mat_id, PRODUCT | PICKS_EXPERT,         { "prec", "hint", "", "" } } },
     // fused for one architecture
-    { GGML_OP_DSV4_HC_PRE,  { axes_of_hc_pre,     nullptr,            0,                              { "scale:f", "gated" } } },
-    { GGML_OP_DSV4_HC_COMB, { axes_of_hc_comb,    nullptr,            0,                              { "eps:f", "n_iter" } } },
+    { GGML_OP_DSV4_HC_PRE,  { axes_of_hc_pre,     rows_of_hc_pre,     0,                              { "scale:f", "gated" } } },
+    { GGML_OP_DSV4_HC_COMB, { axes_of_hc_comb,    rows_of_hc_comb,    0,                              { "eps:f", "n_iter" } } },
+    { GGML_OP_DSV4_HC_POST, { nullptr,            rows_of_hc_post,    0 } },
     // clang-format on
 };
 
