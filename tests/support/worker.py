@@ -420,6 +420,8 @@ def session(job):
     resident                                    resident bytes of the process
     control seed                                a random control vector
     cache                                       hits and misses of the row cache
+    log                                         what llama.cpp warned of
+    logits                                      whether there are any
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
     model = Model(job["model"], **job.get("load", {}))
@@ -460,6 +462,10 @@ def session(job):
         elif step == "cache":
             data = cache_data(model)
             results.append(np.array([data["n_hits"], data["n_misses"]]))
+        elif step == "logits":
+            results.append(np.array([bool(llama_cpp.llama_get_logits(context))]))
+        elif step == "log":
+            results.append(np.array(["".join(messages)]))
         elif step == "save":
             path, *seq = arguments
             state(context, *seq).tofile(path)
