@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, PoolingType
-from support.builds import PATCHED, ROOT, STOCK, Cached, both, compare, same, session
+from support.builds import PATCHED, ROOT, STOCK, Cached, CachedAndDemanded, Demanded, Optional, both, compare, same, session
 from support.command_line import tool
 from support.models import convert
 from support.servers import Requests, prompt, serve, server
@@ -31,19 +31,24 @@ Q4_0, Q8_0 = 2, 8  # enum ggml_type
 #
 
 
-@pytest.fixture(params=["tables", "row cache"])
+WAYS: dict[str, Any] = {"tables": Path, "row cache": Cached, "demand": Demanded, "row cache and demand": CachedAndDemanded}
+
+
+@pytest.fixture(params=WAYS)
 def ours(request, smollm, smollm_flp, tmp_path) -> Path:
-    """SmolLM2 with F32 tables, or with a row cache, under another name than without."""
+    """SmolLM2 with F32 tables, or with what it has on request, under another name than without."""
     if request.param == "tables":
         return smollm_flp["f32"]
-    (tmp_path / "cached.gguf").symlink_to(smollm)
-    return Cached(tmp_path / "cached.gguf")
+    (tmp_path / "ours.gguf").symlink_to(smollm)
+    return WAYS[request.param](tmp_path / "ours.gguf")
 
 
-@pytest.fixture(params=["tables", "row cache"])
+@pytest.fixture(params=WAYS)
 def made(request, tmp_path) -> Callable[[Path], Path]:
-    """Gives a model F32 tables, or a row cache."""
-    return Cached if request.param == "row cache" else lambda source: convert(source, tmp_path / "flp.gguf", type="f32").output
+    """Gives a model F32 tables, or what it has on request."""
+    if request.param == "tables":
+        return lambda source: convert(source, tmp_path / "flp.gguf", type="f32").output
+    return WAYS[request.param]
 
 
 PROMPT: list[Any] = [["decode", [[0], TEXT[:250]]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
@@ -87,6 +92,7 @@ def test_context(name, smollm, ours):
     only here is rewritten wrongly or not at all.
     """
     load, context, steps = CASES[name]
+    context = context | (getattr(ours, "CONTEXT", {}) if name.startswith("pooling") else {})
     stock, found = (
         session(model, build, steps, load=load, context=context) for model, build in [(smollm, STOCK), (ours, PATCHED)]
     )
@@ -331,7 +337,7 @@ def test_imatrix(smollm, ours, tmp_path):
     source, converted = both(collect, smollm, ours)
     assert converted == {name: source[name] for name in converted}
     gone = {name.rsplit(".", 1)[0] for name in set(source) - set(converted)}
-    assert gone == (set() if isinstance(ours, Cached) else {f"blk.0.attn_{which}.weight" for which in "qkv"})
+    assert gone == (set() if isinstance(ours, Optional) else {f"blk.0.attn_{which}.weight" for which in "qkv"})
 
 
 @pytest.mark.parametrize("limit", [["--split-max-tensors", 10], ["--split-max-size", "60M"]], ids=["tensors", "size"])
@@ -411,6 +417,7 @@ SERVED: dict[str, tuple[list[object], Requests]] = {
 def test_server(name, smollm, ours):
     """llama-server answers the same, to the last digit of the probabilities of each token."""
     options, requests = SERVED[name]
+    options = options + getattr(ours, "EXACT", [])
     source, converted = both(lambda model: serve(model, requests, *options), smollm, ours)
     assert source == converted
     flat = [answer for answers in source for answer in (answers if isinstance(answers, list) else [answers])]
@@ -533,6 +540,7 @@ def test_reranking(reranker, made):
     """A model with a classifier gives the same scores, in the library and over HTTP."""
     converted = made(reranker)
     context = {"embeddings": True, "pooling_type": PoolingType.RANK, "n_seq_max": 4, "kv_unified": True}
+    context |= getattr(converted, "CONTEXT", {})
     stock, found = (
         session(model, build, EMBED[:1], context=context) for model, build in [(reranker, STOCK), (converted, PATCHED)]
     )
@@ -541,7 +549,7 @@ def test_reranking(reranker, made):
     assert np.ptp(stock[0][:, 0]) > 1e-3
 
     body = {"query": "Which birds came?", "documents": [TEXT[:300], "starlings", TEXT[300:340]]}
-    options = ["--rerank", "-np", 4, "-c", 2048]
+    options = ["--rerank", "-np", 4, "-c", 2048, *getattr(converted, "EXACT", [])]
     source, answer = both(lambda model: serve(model, [("/v1/rerank", body)], *options), reranker, converted)
     assert source == answer
     assert len({result["relevance_score"] for result in source[0]["results"]}) == 3

@@ -33,16 +33,39 @@ WORKER = Path(__file__).with_name("worker.py")
 CACHE_SIZE = 1
 
 
-class Cached(type(Path())):  # type: ignore[misc] # before Python 3.12, Path itself has no subclasses
-    """A model that runs with a row cache."""
+class Optional(type(Path())):  # type: ignore[misc] # before Python 3.12, Path itself has no subclasses
+    """A model that runs with something that it has on request, as worker.Model takes it, and as tools do."""
+
+    LOAD: dict[str, Any] = {}
+    OPTIONS: list[object] = []
+    # of the context, and of tools: with these, for the source too, SmolLM2 has the same bits
+    CONTEXT: dict[str, Any] = {}
+    EXACT: list[object] = []
+
+
+class Cached(Optional):
+    """With a row cache."""
+
+    LOAD, OPTIONS = {"cache": CACHE_SIZE}, ["--firstlayer-cache", CACHE_SIZE]
+
+
+class Demanded(Optional):
+    """Computing only what is read. Flash attention has a kernel for few rows, which rounds differently."""
+
+    LOAD, OPTIONS = {"demand": "embeddings"}, ["--demand", "embeddings"]
+    CONTEXT, EXACT = {"flash_attn_type": 0}, ["-fa", "off"]
+
+
+class CachedAndDemanded(Cached):
+    """With both."""
+
+    LOAD, OPTIONS = Cached.LOAD | Demanded.LOAD, Cached.OPTIONS + Demanded.OPTIONS
+    CONTEXT, EXACT = Demanded.CONTEXT, Demanded.EXACT
 
 
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     """Results of jobs of worker.py on a build of llama.cpp, in a separate process."""
-    jobs = tuple(
-        job | {"load": job.get("load", {}) | {"cache": CACHE_SIZE}} if isinstance(job.get("model"), Cached) else job
-        for job in jobs
-    )
+    jobs = tuple(job | {"load": job.get("load", {}) | getattr(job.get("model"), "LOAD", {})} for job in jobs)
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
     with tempfile.NamedTemporaryFile(suffix=".pickle") as out:
         command = [sys.executable, str(WORKER), out.name]

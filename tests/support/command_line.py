@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support.builds import CACHE_SIZE, PATCHED, ROOT, Cached
+from support.builds import PATCHED, ROOT, Cached
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -31,9 +31,9 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1]
 
 
-def cache_option(arguments: Iterable[object]) -> list[object]:
-    """The option that gives a model a row cache, if one among the arguments is to have it."""
-    return ["--firstlayer-cache", CACHE_SIZE] if any(isinstance(argument, Cached) for argument in arguments) else []
+def load_options(arguments: Iterable[object]) -> list[object]:
+    """The options of the models among the arguments that run with something that they have on request."""
+    return [option for argument in arguments for option in getattr(argument, "OPTIONS", [])]
 
 
 @cache
@@ -56,9 +56,9 @@ def run_tool(name: str, *arguments: object, env: Mapping[str, str] = os.environ)
 
 def tool(name: str, *arguments: object, log: bool = False) -> str:
     """What a tool of the patched build prints, or its log."""
-    done = run_tool(name, *arguments, *cache_option(arguments))
+    done = run_tool(name, *arguments, *load_options(arguments))
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    if cache_option(arguments) and name != "llama-cli":  # which shows no warnings
+    if any(isinstance(argument, Cached) for argument in arguments) and name != "llama-cli":  # which shows no warnings
         # equal to the source's output would also be that of a model whose cache was never made
         assert "rows of the first layer are cached" in done.stderr, done.stderr[-2000:]
     return done.stderr if log else done.stdout

@@ -17,7 +17,7 @@ from typing import Any
 import openai
 
 from support.builds import PATCHED, ROOT
-from support.command_line import cache_option
+from support.command_line import load_options
 
 
 def free_port() -> int:
@@ -72,7 +72,7 @@ def server(model: Path, *options: object) -> Iterator[Post]:
     """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
     port = free_port()
     command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
-    command += cache_option([model, *options])
+    command += load_options([model, *options])
 
     def post(path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
