@@ -1,4 +1,4 @@
-"""`bench`: how much faster tables or a row cache make a model, and how much of the possible gain that is."""
+"""`bench`: how much faster tables, a row cache or demand make a model, and how much of the possible gain that is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -19,10 +18,12 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import bound, of_file
+from gguf_firstlayer.demand import EMBEDDINGS, POOLINGS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
+from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
 from gguf_firstlayer.runtime import Analysis, RowCache, Site
 from gguf_firstlayer.source import Source
@@ -44,6 +45,9 @@ from gguf_firstlayer.timing import (
 )
 
 BATCHES, CONTEXTS = (1, 512), (0,)
+
+# lengths of the texts that are embedded
+TEXTS = (64, 512)
 
 
 F32 = GGMLQuantizationType.F32
@@ -68,7 +72,7 @@ class Cell:
         rounds: number of blocks of each model
         disturbed: share of the blocks that other work on the machine disturbed; they are left out unless nearly all are
         source: median speed of the source, in tokens per second
-        converted: speed of the converted model, or of the source with a row cache: that of the source times the ratio
+        converted: speed of the converted model, or of the source with a row cache or demand: that of the source times the ratio
         ratio: this speed divided by that of the source
         bound: the highest ratio that is possible according to the plan
         verdict: what the ratio shows
@@ -98,6 +102,7 @@ class Bench:
     Attributes:
         source, converted: files
         cache: of the source with a row cache instead of a converted file: how it was used in the last load; None otherwise
+        demand: as given
         threads: number of threads of each model
         pinned: whether each thread stayed on a processor of its own
         cells: by batch size and context
@@ -112,6 +117,12 @@ class Bench:
     resources_source: Resources | None
     resources: Resources | None
     cache: RowCache | None
+    demand: str | None
+
+    @property
+    def other(self) -> str:
+        """What the source is compared with."""
+        return "converted" if self.source != self.converted else "cached" if self.cache else "demand"
 
 
 def bench(
@@ -119,7 +130,9 @@ def bench(
     converted: str | os.PathLike[str] | None = None,
     *,
     cache: float | str | None = None,
-    batches: Sequence[int] = BATCHES,
+    demand: str | None = None,
+    pooling: str | None = None,
+    batches: Sequence[int] | None = None,
     contexts: Sequence[int] = CONTEXTS,
     threads: int = 0,
     limit: bool = False,
@@ -128,7 +141,7 @@ def bench(
     seconds: float = CELL_SECONDS,
     random_tokens: bool = False,
 ) -> Bench:
-    """Compare the speed of a converted model, or of a model with a row cache, with its source's, in this process.
+    """Compare the speed of a converted model, or of a model with a row cache or demand, with its source's, in this process.
 
     The models take turns in short blocks, in random order, so that changes in the machine's speed affect both, and are loaded
     several times. Tokens come from the built-in sample, repeated from random places. The files are in the page cache.
@@ -138,7 +151,10 @@ def bench(
         converted: likewise
         cache: instead of a converted file: MiB for a row cache of the source, or "auto". It is warm, unless tokens are random:
             the text has passed through it
-        batches: batch sizes in tokens
+        demand: what is left out since nobody reads it, "rows" or "embeddings"; alone, or beside tables or a row cache. With
+            "embeddings", both models embed texts of the batch sizes
+        pooling: of these embeddings, one of `demand.POOLINGS`; by default the model's own, or "last"
+        batches: batch sizes in tokens; by default BATCHES, or TEXTS to embed
         contexts: numbers of tokens decoded before the batch
         threads: 0 for one on each processor that this process may use
         limit: also measure the ceiling, the same graph with constants instead of lookups
@@ -151,29 +167,39 @@ def bench(
         UsageError: an argument is invalid.
         FirstLayerError: a file cannot be read or run, or is of the wrong kind.
     """
+    check_demand(demand, pooling)
+    embeds = demand == EMBEDDINGS
+    batches = batches or (TEXTS if embeds else BATCHES)
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
             raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
-    if not batches or not contexts or min(batches) < 1:
+    if not contexts or min(batches) < 1:
         raise UsageError("a batch needs at least one token")
-    if (converted is None) == (cache is None):
-        raise UsageError(f"give either a converted file, or {option('cache')}")
-    if cache is not None and limit:
+    if embeds and any(contexts):
+        raise UsageError(f"an embedded text has no {option('context')} before it")
+    if (converted is None) == (cache is None) and not (demand and converted is None):
+        raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
+    if converted is None and limit:
         raise UsageError(f"{option('limit')} needs a converted file, whose tables it replaces with constants")
     if loads < 2:
         raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
     if converted is not None:
         model, tables, files = open_pair(Path(source), Path(converted))
-    else:
+    elif cache is not None:
         model, files = open_cached(Path(source), parse_cache(str(cache)))
         tables = model
-    plain = Files((model,))
-    longest = max(contexts) + max(BLOCK_TOKENS, *batches) + 1
+    else:
+        model = tables = Source(Path(source))
+        files = Files((model,))
+    if embeds:
+        pooling = pooling or own_pooling(model)
+    files = files._replace(demand=demand, pooling=pooling)
+    plain = Files((model,), pooling=pooling)
+    longest = max(contexts) + max(BLOCK_TOKENS, *batches) + (0 if embeds else 1)
     if longest > context_length(model):
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
-    outline = of_file(model.path, for_cache=cache is not None)
-    site_types = _site_types(tables, outline.sites) if cache is None else dict.fromkeys(outline.sites, F32)
+    expected = _bounds(model, tables, cache is not None, batches, demand, pooling)
     tokens = isolated(partial(_tokens, random_tokens), model.path)
 
     taken: list[Resources | None] = [None, None]
@@ -210,8 +236,23 @@ def bench(
                         )
                 used = runs[1].row_cache()
             bar.update()
-    cells = [_cell(batch, context, loads, bound(outline, site_types, batch)) for (batch, context), loads in measured.items()]
-    return Bench(model.path, tables.path, n_threads, pinned, cells, taken[0], taken[1], used)
+    cells = [_cell(batch, context, loads, expected[batch]) for (batch, context), loads in measured.items()]
+    return Bench(model.path, tables.path, n_threads, pinned, cells, taken[0], taken[1], used, demand)
+
+
+def _bounds(
+    model: Source, tables: Source, is_cached: bool, batches: Sequence[int], demand: str | None, pooling: str | None
+) -> dict[int, float]:
+    """The highest possible speed-up, by batch size."""
+    bounds = dict.fromkeys(batches, 1.0)
+    if is_cached or tables is not model:
+        outline = of_file(model.path, for_cache=is_cached)
+        site_types = dict.fromkeys(outline.sites, F32) if is_cached else _site_types(tables, outline.sites)
+        bounds = {batch: bound(outline, site_types, batch) for batch in batches}
+    if demand:
+        # both leave out some of the same products, so together they gain no more than this
+        bounds = {batch: bounds[batch] * isolated(partial(saved, batch, pooling), model.path) for batch in batches}
+    return bounds
 
 
 def _tokens(random_tokens: bool, path: Path) -> Tokens:
@@ -298,7 +339,7 @@ def summary(result: Bench) -> str:
             f" {result.cache.hits / max(1, tokens):.2%} of {tokens:,} tokens were hits,"
             f" {1e6 * result.cache.seconds / max(1, result.cache.misses):,.0f} us for each miss"
         )
-    for name, taken in (("source", result.resources_source), ("cached" if result.cache else "converted", result.resources)):
+    for name, taken in (("source", result.resources_source), (result.other, result.resources)):
         if taken is None:
             continue
         lines.append(
@@ -322,64 +363,14 @@ def summary(result: Bench) -> str:
     return "\n".join(lines)
 
 
-def _pyplot() -> Any:
-    """matplotlib, which only plots need."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as err:
-        raise FirstLayerError("a plot needs matplotlib: pip install matplotlib") from err
-    return pyplot
-
-
-def _plot_path(converted: Path, folder: Path) -> Path:
-    return folder / f"{converted.stem}-bench.png"
-
-
-def plot(result: Bench, folder: Path) -> Path:
-    """Write a plot of the ratios to a folder. Returns the file, a PNG.
-
-    Raises:
-        FirstLayerError: matplotlib is not installed.
-    """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for context in dict.fromkeys(cell.context for cell in result.cells):
-        cells = sorted((cell for cell in result.cells if cell.context == context), key=lambda cell: cell.batch)
-        batches = [cell.batch for cell in cells]
-        ratios = [cell.ratio.value for cell in cells]
-        errors = [
-            [max(0.0, cell.ratio.value - cell.ratio.low) for cell in cells],
-            [max(0.0, cell.ratio.high - cell.ratio.value) for cell in cells],
-        ]
-        line = axes.errorbar(batches, ratios, errors, marker="o", capsize=3, label=f"after {context} tokens")
-        limits = [cell.limit for cell in cells if cell.limit]
-        if len(limits) == len(cells):
-            axes.plot(batches, [value.value for value in limits], ":", color=line[0].get_color(), label="without any lookup")
-    bounds = dict(sorted((cell.batch, cell.bound) for cell in result.cells))
-    axes.plot(list(bounds), list(bounds.values()), "k--", label="bound by the plan")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(bounds), [str(batch) for batch in bounds])
-    axes.set_xlabel("tokens per batch")
-    axes.set_ylabel("speed, converted / source")
-    name = os.fsencode(result.converted.name).decode(errors="replace")
-    axes.set_title(f"{name}, {count(result.threads, 'thread')}, 95 % confidence intervals", fontsize=10)
-    axes.legend(fontsize=8)
-    path = _plot_path(result.converted, folder)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
-    parser.add_argument("--batch", type=numbers, default=BATCHES, metavar="N,...", help="tokens per batch (default: 1,512)")
+    parser.add_argument("--demand", metavar="WHAT", help="rows or embeddings: also leave out what nobody reads")
+    parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
+    parser.add_argument("--batch", type=numbers, metavar="N,...", help="tokens per batch (default: 1,512; embedded, 64,512)")
     parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens of context (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per processor")
     parser.add_argument("--ceiling", action="store_true", help="also measure constants instead of lookups: the highest gain")
@@ -394,14 +385,16 @@ def main(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= 1024:
         raise UsageError(f"{args.threads} is not a valid number of threads; give one between 1 and 1024")
     if args.plot:
-        _pyplot()
+        pyplot_module()
         args.plot.mkdir(parents=True, exist_ok=True)
         inputs = [path for path in (args.source, args.converted) if path]
-        check(_plot_path(inputs[-1], args.plot), inputs, force=True, argument="plot")
+        check(plot_path(inputs[-1], args.plot), inputs, force=True, argument="plot")
     result = bench(
         args.source,
         args.converted,
         cache=args.cache,
+        demand=args.demand,
+        pooling=args.pooling,
         batches=args.batch,
         contexts=args.context,
         threads=args.threads or 0,

@@ -12,6 +12,7 @@ import gguf
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
+from gguf_firstlayer.demand import DemandPlan, demand_plan
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.runtime import Analysis, Site, Use
@@ -198,6 +199,7 @@ class Plan:
         decode_bound: their ratio, the highest possible speed-up of decoding if it is bound by reading weights
         prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
         cache: what a row cache would gain instead; None where a model has no site
+        demand: what computing only what is read would save; None for a shape
     """
 
     name: str
@@ -220,6 +222,7 @@ class Plan:
     decode_bound: float
     prefill_bound: float
     cache: CachePlan | None = None
+    demand: DemandPlan | None = None
 
 
 def of_model(source: Source, analysis: Analysis) -> CostModel:
@@ -254,10 +257,15 @@ def of_file(path: Path, for_cache: bool = False) -> CostModel:
     return isolated(partial(_read, (for_cache,)), path)[0]
 
 
-def both_of_file(path: Path) -> tuple[CostModel, CostModel]:
-    """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`."""
-    tables, cache = isolated(partial(_read, (False, True)), path)
-    return tables, cache
+def all_of_file(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
+    """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`; and of demand."""
+    return isolated(_read_all, path)
+
+
+def _read_all(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
+    tables, cache = _read((False, True), path)
+    with without_data(path) as whole:
+        return tables, cache, demand_plan(whole, Source(whole))
 
 
 def _read(for_cache: Sequence[bool], path: Path) -> list[CostModel]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gguf_firstlayer.demand import pooling_number
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Analysis, RowCache, library, undisturbed
 
@@ -28,6 +29,12 @@ class Decoder:
         constants: for a converted model: sites come from constants instead of lookups, and the output is wrong
         tables: sidecar with the model's tables
         cache: MiB for a row cache, if the model has no tables; negative for as much as it chooses itself
+        demand: what to leave out since nobody reads it, see `demand`; None for nothing
+        pooling: one of `demand.POOLINGS`: texts of up to n_batch tokens are embedded; None for logits
+
+    Attributes:
+        n_vocab: entries of the vocabulary
+        n_out: width of what `last` returns
 
     Raises:
         FirstLayerError: llama.cpp cannot load the model with its weights, or it has no next-token distribution of its own.
@@ -42,18 +49,21 @@ class Decoder:
         constants: bool = False,
         tables: Path | None = None,
         cache: float = 0.0,
+        demand: str | None = None,
+        pooling: str | None = None,
         _rows_of: Analysis | None = None,
     ) -> None:
         self._library, self.path, self.n_batch = library(), path, n_batch
         self._library.errors.clear()
         analysis = _rows_of.handle if _rows_of else None
-        with undisturbed(), self._library.tables(tables, cache):
+        with undisturbed(), self._library.loading(tables, cache, demand):
             self.handle = self._library.llama.llama_firstlayer_run_init(
-                os.fsencode(path), n_ctx, n_batch, n_threads, constants, analysis
+                os.fsencode(path), n_ctx, n_batch, n_threads, constants, pooling_number(pooling), analysis
             )
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
         self.n_vocab: int = self._library.llama.llama_firstlayer_run_n_vocab(self.handle)
+        self.n_out: int = self._library.llama.llama_firstlayer_run_n_out(self.handle)
 
     def decode(self, tokens: npt.ArrayLike, n_batch: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
         """Decode further tokens. Yields their logits, F32 [n, vocabulary], batch by batch; each array is valid until the next.
@@ -71,8 +81,24 @@ class Decoder:
                 raise FirstLayerError(f"{self.path}: {self._library.error()}")
             yield np.ctypeslib.as_array(logits, (len(batch), self.n_vocab))
 
+    def last(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Decode further tokens in a single batch. Returns the last one's logits; or embed them, as a text of its own.
+
+        Returns:
+            F32 [n_out]
+
+        Raises:
+            FirstLayerError: llama.cpp cannot decode.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        with undisturbed():
+            out = self._library.llama.llama_firstlayer_run_last(self.handle, ids.ctypes.data, len(ids))
+        if not out:
+            raise FirstLayerError(f"{self.path}: {self._library.error()}")
+        return np.ctypeslib.as_array(out, (self.n_out,)).copy()
+
     def time(self, tokens: npt.ArrayLike, n_batch: int) -> float:
-        """Decode further tokens in batches that compute only the last token's logits. Returns the seconds this took.
+        """Decode further tokens in batches that compute only the last token's logits, or embed each batch. Returns the seconds.
 
         Raises:
             FirstLayerError: llama.cpp cannot decode.

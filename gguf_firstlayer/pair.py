@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.decoder import Decoder
@@ -22,11 +22,13 @@ class Files(NamedTuple):
 
     Attributes:
         sources: the model, and its sidecar if it has one
-        cache: MiB for a row cache, see `Decoder`
+        cache, demand, pooling: as `Decoder` takes them
     """
 
     sources: tuple[Source, ...]
     cache: float = 0.0
+    demand: str | None = None
+    pooling: str | None = None
 
     @property
     def path(self) -> Path:
@@ -40,7 +42,12 @@ class Files(NamedTuple):
 
     def open(self, n_ctx: int, n_batch: int, n_threads: int = 0, constants: bool = False) -> Decoder:
         """The model, to decode one text; see `Decoder`."""
-        return Decoder(self.path, n_ctx, n_batch, n_threads, constants, self.tables, self.cache)
+        return Decoder(self.path, n_ctx, n_batch, n_threads, constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Decoder`, besides the model."""
+        return {"tables": self.tables, "cache": self.cache, "demand": self.demand, "pooling": self.pooling}
 
     @property
     def bytes(self) -> int:

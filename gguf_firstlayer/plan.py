@@ -15,10 +15,11 @@ from gguf_firstlayer.cost import (
     TEXT_TOKENS,
     CostModel,
     Plan,
-    both_of_file,
+    all_of_file,
     cached,
     estimate,
 )
+from gguf_firstlayer.demand import N_TOKENS
 from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
@@ -58,11 +59,11 @@ def plan(
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
     wanted = file_format.table_type("q8_0" if type == "auto" else type)
     if isinstance(model, CostModel):
-        shape = for_cache = model
+        shape, for_cache, demand = model, model, None
     else:
-        shape, for_cache = both_of_file(Path(model))
+        shape, for_cache, demand = all_of_file(Path(model))
     site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
-    return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache))
+    return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache), demand=demand)
 
 
 def _factor(value: float) -> str:
@@ -76,7 +77,7 @@ def text(result: Plan) -> str:
         f"{result.name}: {result.architecture}, {size_text(result.file_bytes)}, {result.parameters / 1e6:,.1f} M parameters"
     ]
     if not result.sites:
-        return "\n".join([*lines, f"nothing to precompute: {result.blocker}"])
+        return "\n".join([*lines, f"nothing to precompute: {result.blocker}", *_demand(result)])
 
     lines += [f"site {describe_price(site)}" for site in result.sites]
     lines += [
@@ -115,7 +116,24 @@ def text(result: Plan) -> str:
             f"    memory for rows of {size_text(result.cache.row_bytes)}: {memory} tokens of text",
             _advice(result),
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_demand(result)])
+
+
+def _demand(result: Plan) -> list[str]:
+    """What computing only what is read would save."""
+    if result.demand is None:
+        return []
+    gains = [
+        (result.demand.prompt, f"a prompt of {N_TOKENS} tokens"),
+        (result.demand.embedding, f"an embedding (pooling {result.demand.pooling})"),
+    ]
+    told = [f"{ratio:.4f}x for {what}" for ratio, what in gains if ratio]
+    if not told:
+        return []
+    lines = ["", f"demand: {', '.join(told)} at best, by operations"]
+    if max(ratio for ratio, _ in gains if ratio) > NOTICEABLE:
+        lines.append("    It takes no memory and no other file: --demand embeddings.")
+    return lines
 
 
 def _advice(result: Plan) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def all_resources(models: Sequence[Files], n_threads: int, tokens: Tokens) -> It
                 for source in model.sources:
                     forget(source)
                 for loads in (cold, warm):
-                    loads[i].append(isolated(partial(_load, n_threads, model.tables, model.cache, tokens), model.path))
+                    loads[i].append(isolated(partial(_load, n_threads, model.options, tokens), model.path))
                     bar.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
@@ -101,7 +102,7 @@ class _Load:
     memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
 
 
-def _load(n_threads: int, sidecar: Path | None, cache: float, tokens: Tokens, path: Path) -> _Load:
+def _load(n_threads: int, options: dict[str, Any], tokens: Tokens, path: Path) -> _Load:
     """Load a model and use it; called through `isolated`."""
     import resource  # which Windows does not have
 
@@ -116,7 +117,7 @@ def _load(n_threads: int, sidecar: Path | None, cache: float, tokens: Tokens, pa
     library()  # loaded beforehand, as it is not part of loading the model
     before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
-    with Decoder(path, PROMPT + GENERATED + 1, PROMPT, n_threads, tables=sidecar, cache=cache) as run:
+    with Decoder(path, PROMPT + GENERATED + 1, PROMPT, n_threads, **options) as run:
         loaded = time.perf_counter()
         run.time(tokens[:1], 1)
         first_token = time.perf_counter()
@@ -125,7 +126,7 @@ def _load(n_threads: int, sidecar: Path | None, cache: float, tokens: Tokens, pa
         run.time(tokens[:PROMPT], PROMPT)
         run.time(tokens[PROMPT:], 1)
         after, usage_after = status(), resource.getrusage(resource.RUSAGE_SELF)
-        file = Source(sidecar or path)
+        file = Source(options["tables"] or path)
         _, tables, _ = file_format.read(file)
         memory = (
             after["VmRSS"] - before["VmRSS"],

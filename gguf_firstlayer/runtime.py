@@ -94,6 +94,22 @@ class _CCache(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "max_rows", "hits", "misses", "bytes", "max_bytes", "us")]
 
 
+class _CProducts(ctypes.Structure):
+    _fields_ = [("all", ctypes.c_int64), ("read", ctypes.c_int64)]
+
+
+class Products(NamedTuple):
+    """Multiply-adds of the products of matrices in a graph (`struct llama_firstlayer_products`).
+
+    Attributes:
+        all: with attention
+        read: of which demand leaves these
+    """
+
+    all: int
+    read: int
+
+
 @dataclass(frozen=True)
 class RowCache:
     """The rows of the first layer that a loaded model keeps (`struct llama_firstlayer_cache_data`).
@@ -188,15 +204,19 @@ class Library:
             "llama_firstlayer_get_use": (i32, [handle, i32, ctypes.POINTER(_CUse)]),
             "llama_firstlayer_set_tables": (None, [text]),
             "llama_firstlayer_set_cache": (None, [ctypes.c_double]),
+            "llama_firstlayer_set_demand": (None, [text]),
+            "llama_firstlayer_count_products": (i32, [text, i32, ctypes.c_int, ctypes.POINTER(_CProducts)]),
             "llama_model_firstlayer_get_cache": (i32, [handle, ctypes.POINTER(_CCache)]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
-            "llama_firstlayer_run_init": (handle, [text, i32, i32, i32, flag, handle]),
+            "llama_firstlayer_run_init": (handle, [text, i32, i32, i32, flag, ctypes.c_int, handle]),
             "llama_firstlayer_run_free": (None, [handle]),
             "llama_firstlayer_run_n_vocab": (i32, [handle]),
             "llama_firstlayer_run_rows": (floats, [handle]),
             "llama_firstlayer_run_decode": (floats, [handle, handle, i32]),
+            "llama_firstlayer_run_last": (floats, [handle, handle, i32]),
+            "llama_firstlayer_run_n_out": (i32, [handle]),
             "llama_firstlayer_run_time": (i64, [handle, handle, i32, i32]),
             "llama_firstlayer_run_keep": (flag, [handle, i32]),
             "llama_firstlayer_run_get_model": (handle, [handle]),
@@ -223,18 +243,39 @@ class Library:
         return " / ".join([self.llama.llama_firstlayer_error().decode(), *self.errors[:1]])
 
     @contextmanager
-    def tables(self, path: Path | None, cache: float = 0.0) -> Iterator[None]:
-        """Let models loaded in this context take their tables from a sidecar, or keep rows in a cache, see `Decoder`.
+    def loading(self, tables: Path | None, cache: float = 0.0, demand: str | None = None) -> Iterator[None]:
+        """Let models loaded in this context take tables from a sidecar, keep rows in a cache, and leave out what nobody reads.
 
-        They are those of `llama_firstlayer_set_tables` and `llama_firstlayer_set_cache`.
+        See `Decoder`, and `llama_firstlayer_set_tables`, `llama_firstlayer_set_cache` and `llama_firstlayer_set_demand`.
         """
-        self.llama.llama_firstlayer_set_tables(os.fsencode(path) if path else None)
+        self.llama.llama_firstlayer_set_tables(os.fsencode(tables) if tables else None)
         self.llama.llama_firstlayer_set_cache(cache)
+        self.llama.llama_firstlayer_set_demand((demand or "none").encode())
         try:
             yield
         finally:
             self.llama.llama_firstlayer_set_tables(None)
             self.llama.llama_firstlayer_set_cache(0.0)
+            self.llama.llama_firstlayer_set_demand(b"none")
+
+    def count_products(self, path: Path, n_tokens: int, pooling: int) -> Products:
+        """What demand saves for a text in a single batch (`llama_firstlayer_count_products`), from a model's metadata.
+
+        Args:
+            path: of the model
+            n_tokens: length of the text
+            pooling: `enum llama_pooling_type` of an embedding; -1 for logits of the last token
+
+        Raises:
+            FirstLayerError: llama.cpp cannot build such a graph.
+        """
+        self.errors.clear()
+        products = _CProducts()
+        with undisturbed():
+            status = self.llama.llama_firstlayer_count_products(os.fsencode(path), n_tokens, pooling, ctypes.byref(products))
+        if status != 0:
+            raise FirstLayerError(f"{path}: {self.error()}")
+        return Products(products.all, products.read)
 
     def row_cache(self, model: int) -> RowCache | None:
         """The row cache of a `struct llama_model *` (`llama_model_firstlayer_get_cache`); None if it has none."""
@@ -254,7 +295,7 @@ class Library:
             FirstLayerError: it cannot be loaded.
         """
         self.errors.clear()
-        with undisturbed(), self.tables(tables):
+        with undisturbed(), self.loading(tables):
             status = self.llama.llama_firstlayer_check(os.fsencode(path))
         if status != 0:
             raise FirstLayerError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from gguf_firstlayer.errors import FirstLayerError
 OTHER_BATCH = 32
 
 N_PROMPTS, PROMPT, GREEDY = 4, 24, 64
+
+# prompts of all lengths, or texts to embed
+N_TEXTS, SHORTEST = 64, 8
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,6 +55,23 @@ class Scores:
             part = ids[first : first + chunk].copy()
             part[: len(begin)] = begin
             self._add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
+        self._continue(one, other, ids, begin, chunk)
+
+    def run_prompts(
+        self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int
+    ) -> None:
+        """Compare a model with the source by the logits after prompts, which each of them gets whole."""
+        for prompt, following in pieces(ids, begin, longest):
+            for run in (one, other):
+                run.keep(0)
+            source, converted, again = one.last(prompt), other.last(prompt), _last_alone(one, prompt)
+            self._add(source[None], again[None], converted[None], np.array([following], np.int32))
+        self._continue(one, other, ids, begin, longest)
+
+    def _continue(
+        self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], chunk: int
+    ) -> None:
+        """Compare continuations."""
         starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
         n_prompt = min(PROMPT, chunk // 2)
         n = self._n_greedy = min(GREEDY, chunk - n_prompt)
@@ -107,6 +127,62 @@ class Scores:
         )
 
 
+class Vectors:
+    """Embeddings of two models compared."""
+
+    def __init__(self) -> None:
+        self._cosines: list[float] = []
+        self._largest = self._squares = 0.0
+        self._count = 0
+
+    @property
+    def n(self) -> int:
+        """Number of texts."""
+        return len(self._cosines)
+
+    @property
+    def cosine_min(self) -> float:
+        """The lowest cosine similarity; NaN if one is."""
+        return float(np.min(self._cosines))
+
+    def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int) -> None:
+        """Embed texts with both."""
+        for piece, _ in pieces(ids, begin, longest):
+            a, b = one.last(piece).astype(np.float64), other.last(piece).astype(np.float64)
+            self._cosines.append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
+            self._largest = max(self._largest, float(np.abs(a - b).max()))
+            self._squares += float(a @ a)
+            self._count += len(a)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures, by their names in `Verification`."""
+        return dict(
+            cosine=float(np.mean(self._cosines)),
+            cosine_min=self.cosine_min,
+            embedding_max=self._largest / math.sqrt(self._squares / self._count),
+        )
+
+
+def pieces(
+    ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int
+) -> Iterator[tuple[npt.NDArray[np.int32], int]]:
+    """Pieces of a text that begin as the model wants it, of lengths from a few tokens to the longest, and what follows each."""
+    shortest = min(len(begin) + SHORTEST, longest)
+    for i in range(N_TEXTS):
+        n = shortest + (longest - shortest) * i // (N_TEXTS - 1)
+        first = (len(ids) - longest - 1) * i // (N_TEXTS - 1)
+        piece = ids[first : first + n].copy()
+        piece[: len(begin)] = begin
+        yield piece, int(ids[first + n])
+
+
+def _last_alone(run: Decoder, prompt: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Logits after a prompt whose last token is decoded by itself, F32 [vocabulary]."""
+    run.keep(0)
+    run.last(prompt[:-1])
+    return run.last(prompt[-1:])
+
+
 def _logits(run: Decoder, tokens: npt.NDArray[np.int32], n_batch: int | None = None) -> npt.NDArray[np.float32]:
     """Logits of the scored tokens of a text, F32 [n, vocabulary]."""
     run.keep(0)
@@ -123,8 +199,7 @@ def _greedy(run: Decoder, prompt: npt.NDArray[np.int32], n: int) -> list[int]:
     out: list[int] = []
     tokens = prompt
     while len(out) < n:
-        *_, logits = run.decode(tokens)
-        out.append(int(logits[-1].argmax()))
+        out.append(int(run.last(tokens).argmax()))
         tokens = np.array(out[-1:], np.int32)
     return out
 

@@ -1,25 +1,25 @@
-"""`verify`: whether a converted file belongs to a model, and what its tables, or a row cache, do to the model's output."""
+"""`verify`: whether a converted file belongs to a model, and what its tables, a row cache or demand do to its output."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
-from gguf_firstlayer.auto import round_trip, sample_tokens
+from gguf_firstlayer.auto import sample_tokens
+from gguf_firstlayer.demand import EMBEDDINGS, POOLINGS, check_demand, own_pooling
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
-from gguf_firstlayer.runtime import Analysis, RowCache, Site, analyse, library
-from gguf_firstlayer.scores import N_PROMPTS, Scores, mean_and_error
+from gguf_firstlayer.recompute import added, check_rows, foreign
+from gguf_firstlayer.runtime import Analysis, RowCache, analyse
+from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, to_json
 
@@ -34,13 +34,11 @@ MAX_KLD = 1e-2
 # standard errors by which a run may differ more than its tables explain
 CHANCE = 3
 
+# of the embeddings of a text: a single row may be computed by another kernel, which rounds otherwise
+MIN_COSINE = 1 - 1e-3
+
 # rows of a cache that the distinct tokens of a chunk just fit in, so that each chunk evicts the rows of the one before
 EVICTING = 300
-
-N_ROWS = 64
-# allowed error of a row: relative to the row, for products with 8-bit activations in other kernels, plus relative to the
-# rounding error of the recomputed row
-ROW_ERROR, ROW_ROUNDING = 0.02, 1.5
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,9 @@ class Verification:
         logits_same: share of the tokens scored whose logits are the same bit for bit
         caches: of the source with a row cache instead of a converted file: the cache, and one so small that each chunk of the
             text evicts the rows of the one before, after the text has passed through each; both are scored
+        pooling: of the embeddings that were compared instead of logits; "" if they were not
+        cosine, cosine_min: mean and lowest cosine similarity of these
+        embedding_max: largest difference of a value, as a share of the RMS of all values
     """
 
     source: Path
@@ -101,6 +102,10 @@ class Verification:
     greedy_tokens: int = 0
     logits_same: float = 0.0
     caches: tuple[RowCache, ...] = ()
+    pooling: str = ""
+    cosine: float = 0.0
+    cosine_min: float = 0.0
+    embedding_max: float = 0.0
 
 
 def verify(
@@ -108,15 +113,20 @@ def verify(
     converted: str | os.PathLike[str] | None = None,
     *,
     cache: float | str | None = None,
+    demand: str | None = None,
+    pooling: str | None = None,
     text: str | None = None,
     tokens: int | None = None,
 ) -> Verification:
-    """Compare a converted file with the model it was made from, or a model with a row cache with itself without.
+    """Compare a converted file with the model it was made from, or a model with a row cache, or demand, with itself without.
 
     Args:
         source: GGUF file; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
         cache: instead of a converted file: MiB for a row cache of the source, or "auto"
+        demand: instead: what is left out since nobody reads it, "rows" or "embeddings". With "rows", prompts of the text are
+            scored by the logits of their last tokens; with "embeddings", texts are embedded
+        pooling: of these embeddings, one of `demand.POOLINGS`; by default the model's own, or "last"
         text: the text to run both models over; a built-in sample by default
         tokens: how many tokens of the text to use at most; N_TOKENS by default
 
@@ -126,20 +136,23 @@ def verify(
     """
     if tokens is not None and tokens < 1:
         raise UsageError(f"{tokens} is not a valid number of tokens; give at least 1")
-    if (converted is None) == (cache is None):
-        raise UsageError(f"give either a converted file, or {option('cache')}")
+    check_demand(demand, pooling)
+    if sum(choice is not None for choice in (converted, cache, demand)) != 1:
+        raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
+    if demand is not None:
+        return _verify_demand(Path(source), demand, pooling, text, tokens)
     if converted is None:
         return _verify_cache(Path(source), parse_cache(str(cache)), text, tokens)
     model, tables, files = open_pair(Path(source), Path(converted))
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
-        problems = _foreign(model, sites, by_recipe)
+        problems = foreign(model, sites, by_recipe)
         if problems:
             return Verification(model.path, tables.path, problems)
         ids, begin = _text_tokens(analysis, text, tokens)
-        n_rows, same, problems = _check_rows(analysis, tables, by_recipe)
-        added = _added(model.path, analysis, tables, ids[: auto.N_TOKENS])
+        n_rows, same, problems = check_rows(analysis, tables, by_recipe)
+        kld_of_tables = added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
     measurement = file_format.read_measurement(tables)
     bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
@@ -149,7 +162,7 @@ def verify(
         scores.run(one, other, ids, begin, chunk)
 
     excess, excess_error = mean_and_error(scores.klds - scores.floors)
-    kld_added, kld_added_error = (excess, excess_error) if added is None else added
+    kld_added, kld_added_error = (excess, excess_error) if kld_of_tables is None else kld_of_tables
     if not math.isfinite(excess + kld_added):
         problems.append("the output of the converted model is not finite")
     elif kld_added + kld_added_error > bound:
@@ -188,11 +201,7 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
                 used = cast(RowCache, other.row_cache())
             caches.append(used)
             files = files._replace(cache=EVICTING / used.rows * used.bytes / 2**20)
-    excess, error = mean_and_error(scores.klds - scores.floors)
-    if not math.isfinite(excess) or excess > CHANCE * error:
-        problems.append(
-            f"the output differs by {excess:.1e} ± {error:.1e} nats more than between batch sizes: please report this"
-        )
+    problems += _excess(scores)
     return Verification(
         model.path,
         model.path,
@@ -204,16 +213,36 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
     )
 
 
-def _foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: dict[str, Site]) -> list[str]:
-    """What shows that tables belong to another model."""
-    unknown = [site.name for site in placed if site.recipe not in by_recipe or by_recipe[site.recipe].width != site.width]
-    if unknown:
-        return [f"{', '.join(unknown)} of the converted file are computed differently in the source: it is from another model"]
-    prints = file_format.fingerprints(model, [by_recipe[site.recipe] for site in placed])
-    changed = [site.name for site in placed if prints[site.recipe] != site.fingerprint]
-    if changed:
-        return [f"{', '.join(changed)} were computed from other weights than the source has: convert it again"]
-    return []
+def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | None, tokens: int | None) -> Verification:
+    model, problems = Source(path), list[str]()
+    with analyse(model.path) as analysis:
+        ids, begin = _text_tokens(analysis, text, tokens)
+    longest = min(CHUNK, len(ids) // 2, context_length(model))
+    found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids))
+    if demand == EMBEDDINGS:
+        pooling = pooling or own_pooling(model)
+        with (
+            Files((model,), pooling=pooling).open(longest, longest) as one,
+            Files((model,), demand=demand, pooling=pooling).open(longest, longest) as other,
+        ):
+            vectors = Vectors()
+            vectors.run(one, other, ids, begin, longest)
+        if not vectors.cosine_min >= MIN_COSINE:
+            problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: please report this")
+        return replace(found, pooling=pooling, scored=vectors.n, **vectors.figures())
+    with Files((model,)).open(longest, longest) as one, Files((model,), demand=demand).open(longest, longest) as other:
+        scores = Scores()
+        scores.run_prompts(one, other, ids, begin, longest)
+    problems += _excess(scores)
+    return replace(found, **scores.figures())
+
+
+def _excess(scores: Scores) -> list[str]:
+    """The problem that two models differ by more than batch sizes make a difference, if they do."""
+    excess, error = mean_and_error(scores.klds - scores.floors)
+    if math.isfinite(excess) and excess <= CHANCE * error:
+        return []
+    return [f"the output differs by {excess:.1e} ± {error:.1e} nats more than between batch sizes: please report this"]
 
 
 def _text_tokens(
@@ -233,74 +262,28 @@ def _text_tokens(
     return ids, analysis.tokenize("")[:1]
 
 
-def _check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:
-    """Recompute some rows.
-
-    Returns:
-        Their number, the share that is the same bit for bit, and the problems.
-    """
-    placed, tables, _ = file_format.read(file)
-    random = np.random.default_rng(0)
-    tokens = np.unique(np.append(random.integers(0, analysis.n_vocab, N_ROWS), [0, analysis.n_vocab - 1]))
-    rows = analysis.rows(tokens)
-    ends = np.cumsum([site.width for site in analysis.sites])
-    exact = {site.recipe: rows[:, end - site.width : end] for site, end in zip(analysis.sites, ends.tolist(), strict=True)}
-
-    wrong, same, problems = [], np.ones(len(tokens), bool), []
-    for i, table in enumerate(tables):
-        data = np.frombuffer(file.data(table.name), np.uint8).reshape(table.rows, -1)[tokens]
-        for site in placed:
-            if site.table != i:
-                continue
-            block, size = gguf.GGML_QUANT_SIZES[table.type]
-            stored = np.ascontiguousarray(data[:, site.column // block * size : (site.column + site.width) // block * size])
-            expected = library().quantize(exact[site.recipe], table.type)
-            identical = (stored == expected).all(axis=1)
-            same &= identical
-            try:
-                back = gguf.quants.dequantize(stored, table.type)
-                rounding = round_trip(exact[site.recipe], table.type) - exact[site.recipe]
-            except NotImplementedError:  # gguf-py cannot read the type
-                bad = ~identical
-            else:
-                norm = np.linalg.norm(exact[site.recipe], axis=1)
-                allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounding, axis=1)
-                bad = ~(np.linalg.norm(back - exact[site.recipe], axis=1) <= allowed)
-            if bad.any():
-                wrong.append(f"{site.name} of {bad.sum()} tokens, such as {tokens[bad][0]}")
-    if wrong:
-        problems.append(f"of {len(tokens)} rows recomputed, some differ from the tables: {'; '.join(wrong)}; convert again")
-    return len(tokens), float(same.mean()), problems
-
-
-def _added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:
-    """What tables add to the KL divergence over some tokens, and its standard error; None if gguf-py cannot read their type."""
-    placed, tables, _ = file_format.read(file)
-    sites = {site.recipe: site for site in analysis.sites}
-    with auto.Effects(path, analysis, ids, n_measured=1) as effects:
-        errors = {}
-        for site in placed:
-            table = tables[site.table]
-            data = np.frombuffer(file.data(table.name), np.uint8).reshape(table.rows, -1)[effects.ids]
-            try:
-                rows = gguf.quants.dequantize(data, table.type)
-            except NotImplementedError:
-                return None
-            exact = effects.exact[sites[site.recipe]]
-            errors[sites[site.recipe]] = rows[:, site.column : site.column + site.width] - exact
-        return effects.rise(errors, auto.ENLARGED)
-
-
 def summary(result: Verification) -> str:
     """The result as readable text."""
     if not result.scored:
         return "\n".join(result.problems)
+    if result.pooling:
+        return "\n".join(
+            [
+                f"{result.scored} texts embedded with pooling {result.pooling}",
+                f"cosine similarity: mean {result.cosine:.8f}, lowest {result.cosine_min:.8f}",
+                f"largest difference of a value: {result.embedding_max:.1e} of the RMS of all values",
+                *result.problems,
+                "outside of bounds" if result.problems else "within bounds",
+            ]
+        )
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
     if result.caches:
         origin = [
             f"row cache of {cache.max_rows:,} rows: {cache.misses:,} computed, {cache.misses - cache.rows:,} replaced others"
             for cache in result.caches
         ]
+    elif result.source == result.converted:
+        origin = ["prompts, of which the last token's logits are read"]
     else:
         origin = [
             "the tables were computed from this source's weights;"
@@ -316,7 +299,7 @@ def summary(result: Verification) -> str:
         f"    the source differs from itself by {result.kld_floor:.2e} when the batch size changes",
         *(
             []
-            if result.caches
+            if result.source == result.converted
             else [
                 f"    the tables' part is {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats"
                 f" (bound on the sum {result.kld_bound:g})"
@@ -337,6 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
+    parser.add_argument("--demand", metavar="WHAT", help="instead, rows or embeddings: leave out what nobody reads")
+    parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")
     parser.add_argument("--tokens", type=int, metavar="N", help=f"use at most N tokens of the text (default: {N_TOKENS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -352,6 +337,14 @@ def main(args: argparse.Namespace) -> int:
             raise FirstLayerError(f"{args.text} is not a text in UTF-8; give another with {option('text')}") from err
         except OSError as err:
             raise FirstLayerError(f"{args.text} cannot be read: {err.strerror}") from err
-    result = verify(args.source, args.converted, cache=args.cache, text=text, tokens=args.tokens)
+    result = verify(
+        args.source,
+        args.converted,
+        cache=args.cache,
+        demand=args.demand,
+        pooling=args.pooling,
+        text=text,
+        tokens=args.tokens,
+    )
     print(to_json(result) if args.json else summary(result))
     return 1 if result.problems else 0

@@ -3,6 +3,7 @@
 #include "gguf.h"
 #include "llama-context.h"
 #include "llama-firstlayer-cache.h"
+#include "llama-firstlayer-demand.h"
 #include "llama-firstlayer-guard.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
@@ -239,6 +240,50 @@ llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_mo
                                                  /*load_vocab =*/false, /*for_cache =*/true);
         },
         (llama_firstlayer_analysis *) nullptr);
+}
+
+static llama_firstlayer_products count_products(const char *            path_model,
+                                                int32_t                 n_tokens,
+                                                enum llama_pooling_type pooling) {
+    const auto model  = load_metadata(path_model, /*load_vocab =*/false);
+    const bool embeds = pooling != LLAMA_POOLING_TYPE_UNSPECIFIED;
+
+    if (!model->firstlayer) {
+        model->firstlayer = std::make_unique<llama_firstlayer>();
+    }
+    llama_firstlayer_products res = {};
+    bool has_output               = false;
+    model->firstlayer->observe    = [&](const llm_graph_params & params, const llama_firstlayer_walk &) {
+        has_output = embeds || params.res->get_logits();
+        res.all = llama_firstlayer_multiply_adds(params.res->get_gf());
+        llama_firstlayer_demand(params, /*with_logits =*/!embeds).apply();
+        res.read = llama_firstlayer_multiply_adds(params.res->get_gf());
+    };
+
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_ctx                = n_tokens;
+    cparams.n_batch              = n_tokens;
+    cparams.n_ubatch             = n_tokens;
+    cparams.embeddings           = embeds;
+    cparams.pooling_type         = pooling;
+    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
+    llama_firstlayer_builder(*model, cparams).build(n_tokens, embeds ? n_tokens : 1);
+    if (!has_output) {
+        throw std::runtime_error("the model has no next-token distribution");
+    }
+    return res;
+}
+
+int32_t llama_firstlayer_count_products(const char *                path_model,
+                                        int32_t                     n_tokens,
+                                        enum llama_pooling_type     pooling,
+                                        llama_firstlayer_products * products) {
+    return llama_firstlayer_guarded(
+        [&] {
+            *products = count_products(path_model, n_tokens, pooling);
+            return 0;
+        },
+        -1);
 }
 
 int32_t llama_firstlayer_check(const char * path_model) {

@@ -9,6 +9,9 @@ struct llama_firstlayer_builder {
     // n_batch: most tokens in a graph, an even number. Throws std::runtime_error if the model only runs beside another one
     llama_firstlayer_builder(llama_model & model, uint32_t n_batch);
 
+    // with a context like that; likewise
+    llama_firstlayer_builder(llama_model & model, const llama_context_params & params);
+
     // n_tokens: a multiple of n_seqs. Throws std::runtime_error
     void build(uint32_t n_tokens, uint32_t n_outputs) const;
 

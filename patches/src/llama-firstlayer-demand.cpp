@@ -29,13 +29,13 @@ void llama_firstlayer_demand::drop_outputs(bool with_logits) {
     const auto &       cparams = params.cparams;
     llm_graph_result & res     = *params.res;
 
-    const bool encodes = params.gtype == LLM_GRAPH_TYPE_ENCODER;
+    const bool gives_embd = cparams.embeddings || params.gtype == LLM_GRAPH_TYPE_ENCODER || !res.t_logits;
 
     if (!with_logits && res.t_logits) {
         dropped.insert(res.t_logits);
         res.t_logits = nullptr;
     }
-    if (res.t_embd && (res.t_embd_pooled || !(cparams.embeddings || encodes))) {
+    if (res.t_embd && (res.t_embd_pooled || !gives_embd)) {
         dropped.insert(res.t_embd);
     }
     if (res.t_h_nextn && !cparams.embeddings_nextn) {

@@ -22,22 +22,30 @@ struct llama_firstlayer_run {
                          int32_t                           n_batch,
                          int32_t                           n_threads,
                          bool                              constants,
+                         enum llama_pooling_type           pooling,
                          const llama_firstlayer_analysis * an);
 
     ~llama_firstlayer_run() { llama_batch_free(batch); }
 
     void set_rows(const llama_firstlayer_analysis * an);
 
-    // decode the next tokens of the text
+    // decode the next tokens of the text, or embed them
     void decode(const llama_token * tokens, int32_t n_tokens, bool all_logits);
 
-    bool keep(int32_t n);
+    // logits of the last token, or the embedding; waits until they are computed
+    const float * last() const;
+
+    int32_t n_out() const;
+    bool    keep(int32_t n);
+
+    bool embeds() const { return pooling != LLAMA_POOLING_TYPE_UNSPECIFIED; }
 
     ggml_context_ptr        ctx_rows;
     ggml_backend_buffer_ptr buf_rows;
     llama_model_ptr         model;
     llama_context_ptr       ctx;
     llama_batch             batch;
+    enum llama_pooling_type pooling;
     float *                 rows   = nullptr;
     llama_pos               n_past = 0;
 };
@@ -47,7 +55,9 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
                                            int32_t                           n_batch,
                                            int32_t                           n_threads,
                                            bool                              constants,
-                                           const llama_firstlayer_analysis * an) {
+                                           enum llama_pooling_type           pooling,
+                                           const llama_firstlayer_analysis * an) :
+    pooling(pooling) {
     static ggml_backend_dev_t devices[] = { nullptr };
 
     llama_model_params params = llama_model_default_params();
@@ -60,7 +70,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     if (!model) {
         throw std::runtime_error("llama.cpp cannot load the model");
     }
-    if (llama_model_has_encoder(model.get())) {
+    if (llama_model_has_encoder(model.get()) && !embeds()) {
         throw std::runtime_error("a model with an encoder has no next-token distribution of its own");
     }
     if (an) {
@@ -82,6 +92,8 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     cparams.n_ubatch             = n_batch;
     cparams.n_threads            = n_threads;
     cparams.n_threads_batch      = n_threads;
+    cparams.embeddings           = embeds();
+    cparams.pooling_type         = pooling;
     if (an) {
         cparams.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
     }
@@ -90,7 +102,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     if (!ctx) {
         throw std::runtime_error("llama.cpp cannot run this model on its own");
     }
-    if (!ctx->get_gf_res_reserve()->get_logits()) {
+    if (!embeds() && !ctx->get_gf_res_reserve()->get_logits()) {
         throw std::runtime_error("the model has no next-token distribution");
     }
     batch = llama_batch_init(n_batch, 0, 1);  // last: an exception after it would leak it
@@ -131,6 +143,9 @@ void llama_firstlayer_run::decode(const llama_token * tokens, int32_t n_tokens, 
     if (n_tokens < 1 || n_tokens > (int32_t) llama_n_batch(ctx.get())) {
         throw std::runtime_error(format("cannot decode %d tokens: give 1 to %d", n_tokens, llama_n_batch(ctx.get())));
     }
+    if (embeds()) {
+        keep(0);
+    }
     batch.n_tokens = n_tokens;
     for (int32_t i = 0; i < n_tokens; ++i) {
         batch.token[i]     = tokens[i];
@@ -143,6 +158,22 @@ void llama_firstlayer_run::decode(const llama_token * tokens, int32_t n_tokens, 
         throw std::runtime_error("llama.cpp cannot decode");
     }
     n_past += n_tokens;
+}
+
+const float * llama_firstlayer_run::last() const {
+    const float * res = !embeds()                          ? llama_get_logits_ith(ctx.get(), -1) :
+                        pooling == LLAMA_POOLING_TYPE_NONE ? llama_get_embeddings_ith(ctx.get(), -1) :
+                                                             llama_get_embeddings_seq(ctx.get(), 0);
+    if (!res) {
+        throw std::runtime_error("llama.cpp gives no output");
+    }
+    return res;
+}
+
+int32_t llama_firstlayer_run::n_out() const {
+    return !embeds()                          ? model->vocab.n_tokens() :
+           pooling == LLAMA_POOLING_TYPE_RANK ? (int32_t) llama_model_n_cls_out(model.get()) :
+                                                llama_model_n_embd_out(model.get());
 }
 
 bool llama_firstlayer_run::keep(int32_t n) {
@@ -161,9 +192,10 @@ llama_firstlayer_run * llama_firstlayer_run_init(const char *                   
                                                  int32_t                           n_batch,
                                                  int32_t                           n_threads,
                                                  bool                              constants,
+                                                 enum llama_pooling_type           pooling,
                                                  const llama_firstlayer_analysis * an) {
     return llama_firstlayer_guarded(
-        [&] { return new llama_firstlayer_run(path_model, n_ctx, n_batch, n_threads, constants, an); },
+        [&] { return new llama_firstlayer_run(path_model, n_ctx, n_batch, n_threads, constants, pooling, an); },
         (llama_firstlayer_run *) nullptr);
 }
 
@@ -188,6 +220,19 @@ const float * llama_firstlayer_run_decode(llama_firstlayer_run * run, const llam
         (const float *) nullptr);
 }
 
+const float * llama_firstlayer_run_last(llama_firstlayer_run * run, const llama_token * tokens, int32_t n_tokens) {
+    return llama_firstlayer_guarded(
+        [&] {
+            run->decode(tokens, n_tokens, false);
+            return run->last();
+        },
+        (const float *) nullptr);
+}
+
+int32_t llama_firstlayer_run_n_out(const llama_firstlayer_run * run) {
+    return run->n_out();
+}
+
 int64_t llama_firstlayer_run_time(llama_firstlayer_run * run,
                                   const llama_token *    tokens,
                                   int32_t                n_tokens,
@@ -197,7 +242,7 @@ int64_t llama_firstlayer_run_time(llama_firstlayer_run * run,
             const int64_t start = ggml_time_us();
             for (int32_t i = 0; i < n_tokens; i += n_batch) {
                 run->decode(tokens + i, std::min(n_batch, n_tokens - i), false);
-                llama_get_logits_ith(run->ctx.get(), -1);  // waits for the logits
+                run->last();
             }
             return ggml_time_us() - start;
         },

@@ -37,6 +37,12 @@ struct llama_firstlayer_use {
     bool         replaced;       // not computed if all sites come from tables
 };
 
+// multiply-adds of the products of matrices in a graph, attention included
+struct llama_firstlayer_products {
+    int64_t all;
+    int64_t read;  // of which demand leaves these
+};
+
 // message of the last error in this thread, "" if there was none
 LLAMA_API const char * llama_firstlayer_error(void);
 
@@ -106,11 +112,18 @@ LLAMA_API void llama_firstlayer_set_cache(double mib);
 //   embeddings  besides, logits where a context gives embeddings; llama_get_logits then returns NULL
 LLAMA_API void llama_firstlayer_set_demand(const char * what);
 
+// Count what demand saves for a text of n_tokens tokens in a single batch, without reading weights.
+// pooling: LLAMA_POOLING_TYPE_UNSPECIFIED for logits of the last token; otherwise, for an embedding without logits
+LLAMA_API int32_t llama_firstlayer_count_products(const char *                       path_model,
+                                                  int32_t                            n_tokens,
+                                                  enum llama_pooling_type            pooling,
+                                                  struct llama_firstlayer_products * products);
+
 // Check whether a converted file can be loaded: build its graphs as loading does, but without reading weights.
 LLAMA_API int32_t llama_firstlayer_check(const char * path_model);
 
 //
-// run: a model that decodes one text, to measure what tables do to its output and its speed
+// run: a model that decodes one text, or embeds texts, to measure its output and its speed
 //
 
 struct llama_firstlayer_run;
@@ -118,12 +131,14 @@ struct llama_firstlayer_run;
 // n_ctx: tokens of the text; n_batch: maximum number of tokens decoded at once; n_threads: 0 for all
 // constants: the sites of a converted model come from constants instead of its tables. The output is wrong, but as nothing
 //            is looked up, the speed is the most that tables can give
+// pooling: LLAMA_POOLING_TYPE_UNSPECIFIED for logits; otherwise, every batch is a text of its own, and gives its embedding
 // an: analysis of the model, or NULL. If given, the model runs on the CPU, and its sites come from rows in memory
 LLAMA_API struct llama_firstlayer_run * llama_firstlayer_run_init(const char *                             path_model,
                                                                   int32_t                                  n_ctx,
                                                                   int32_t                                  n_batch,
                                                                   int32_t                                  n_threads,
                                                                   bool                                     constants,
+                                                                  enum llama_pooling_type                  pooling,
                                                                   const struct llama_firstlayer_analysis * an);
 
 LLAMA_API void llama_firstlayer_run_free(struct llama_firstlayer_run * run);
@@ -140,7 +155,15 @@ LLAMA_API const float * llama_firstlayer_run_decode(struct llama_firstlayer_run 
                                                     const llama_token *           tokens,
                                                     int32_t                       n_tokens);
 
-// The same in batches of n_batch tokens, as in generation: with logits for the last token of each batch only.
+// The same with logits for the last token only, F32 [n_vocab], as in generation; or the embedding of these tokens, F32 [n_out]
+LLAMA_API const float * llama_firstlayer_run_last(struct llama_firstlayer_run * run,
+                                                  const llama_token *           tokens,
+                                                  int32_t                       n_tokens);
+
+// n_vocab, or the width of embeddings
+LLAMA_API int32_t llama_firstlayer_run_n_out(const struct llama_firstlayer_run * run);
+
+// The same in batches of n_batch tokens, each with logits for its last token only, or an embedding.
 // Returns the time it took, in microseconds
 LLAMA_API int64_t llama_firstlayer_run_time(struct llama_firstlayer_run * run,
                                             const llama_token *           tokens,
