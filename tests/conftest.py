@@ -33,6 +33,12 @@ def smollm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real encoder: all-MiniLM-L6-v2 in F16."""
+    return ROOT / "models" / "all-MiniLM-L6-v2.F16.gguf"
+
+
+@pytest.fixture(scope="session")
 def smollm_flp(smollm, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("smollm")
     return {kind: convert(smollm, folder / f"{kind}.gguf", type=kind).output for kind in ("f32", "q8_0")}

@@ -7,26 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 from support.builds import PATCHED, Cached, compare, run
-from support.models import convert
-
-
-def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:
-    """A random rank-4 adapter for one weight [columns, rows]; for an embedding, which is looked up, [rows, columns]."""
-    generator = np.random.default_rng(rows + columns + len(tensor))
-    writer = GGUFWriter(path, "llama")
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    a = (columns, 4) if tensor == "token_embd.weight" else (4, columns)
-    writer.add_tensor(f"{tensor}.lora_a", generator.normal(0, 0.1, a).astype(np.float32))
-    writer.add_tensor(f"{tensor}.lora_b", generator.normal(0, 0.1, (rows, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from support.models import convert, lora
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import architectures
 import numpy as np
 import pytest
-from support.builds import PATCHED, STOCK, both, run
+from gguf import GGUFReader
+from support.builds import PATCHED, STOCK, CachedAndDemanded, Demanded, both, run, same, session
+from support.command_line import cli, refusal, run_tool, tool
+from support.models import convert, lora, rewrite
+
+from gguf_firstlayer import UsageError, bench, plan, verify
+from gguf_firstlayer.demand import N_TOKENS
 
 NAMES = sorted(architectures.read())
 
@@ -56,7 +65,7 @@ def close(ours: np.ndarray, stock: np.ndarray, other: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - RANDOM - EMBEDDERS))
 def test_prompts(name, archs):
-    """With outputs for some tokens, one, or none: logits as stock's, bit for bit in batches of several rows, and so is all memory.
+    """With outputs for some tokens, one, or none: logits as stock's, and for several tokens bit for bit, and so is all memory.
 
     Fails if a row is another token's, if a row that others need is left out, or if an architecture that selects rows is not
     narrowed.
@@ -103,3 +112,150 @@ def test_embeddings(name, archs):
         else:
             assert close(found, expected, np.concatenate(alone))
         assert not has_logits.any()
+
+
+#
+# together with other features
+#
+
+PROMPT = [decode([[0], text(40, 1), 9]), decode([[0], text(30, 2), 0]), decode([[0], text(40, 3), 20]), ["state"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-dense", "falcon-dense", "gemma3-dense", "gemma4-dense", "deepseek2-moe", "mamba-dense"]
+)
+def test_with_rows(name, archs, tmp_path):
+    """Beside tables, and beside a row cache. Fails if what one of them rewrites is not recognized by the other."""
+    source, context = archs / f"{name}.gguf", {"flash_attn_type": 0, "kv_unified": True}
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    stock = session(source, STOCK, PROMPT, context=context)
+    for model in (Demanded(converted), CachedAndDemanded(source)):
+        assert same(stock, session(model, PATCHED, PROMPT, context=context))
+
+
+def test_with_rows_of_the_only_layer(archs, tmp_path):
+    """Layer 0 is the last one, so tables and selections meet in it."""
+    source = rewrite(
+        archs / "llama-dense.gguf",
+        tmp_path / "one.gguf",
+        change_key=lambda name, value: 1 if name.endswith("block_count") else value,
+        drop={tensor.name for tensor in GGUFReader(archs / "llama-dense.gguf").tensors if tensor.name.startswith("blk.1.")},
+    )
+    converted = convert(source, tmp_path / "flp.gguf", type="f32").output
+    context = {"flash_attn_type": 0, "kv_unified": True}
+    stock = session(source, STOCK, PROMPT, context=context)
+    for model in (Demanded(source), Demanded(converted), CachedAndDemanded(source)):
+        assert same(stock, session(model, PATCHED, PROMPT, context=context))
+
+
+def test_adapters_of_the_last_layer(smollm, tmp_path):
+    """Their products are narrowed like the weight's. Fails if an adapter's part has other rows than the weight's."""
+    adapters = [
+        lora(tmp_path / "q.gguf", "blk.29.attn_q.weight", 576, 576),
+        lora(tmp_path / "o.gguf", "blk.29.attn_output.weight", 576, 576),
+    ]
+    job = {"run": "adapted", "model": smollm, "tokens": "Once upon a time, in a village by the sea,", "outputs": 4}
+    job |= {"adapters": adapters, "sets": [[], [[0, 1.0]], [[0, 0.5], [1, 1.0]]], "context": {"flash_attn_type": 0}}
+    (stock,), (ours,) = run(STOCK, job), run(PATCHED, job | {"load": {"demand": "rows"}})
+    assert same(stock, ours)
+    assert not np.array_equal(stock[0], stock[1])
+    assert not np.array_equal(stock[1], stock[2])
+
+
+def test_callbacks_see_everything(llama):
+    """What llama-imatrix, llama-eval-callback and others observe is what the stock library computes."""
+    job = {"run": "graph", "model": llama, "tokens": text(20, 1), "outputs": 1}
+    (stock,), (ours,) = run(STOCK, job), run(PATCHED, job | {"load": {"demand": "embeddings"}})
+    assert stock == ours
+
+
+def test_logits_are_there_with_rows(llama):
+    """Only "embeddings" leaves out logits, and only where a context gives embeddings."""
+    for demand, embeddings, expected in (("rows", True, True), ("embeddings", False, True), ("embeddings", True, False)):
+        context = {"embeddings": embeddings, "pooling_type": LAST if embeddings else NONE}
+        steps = [decode([[0], text(20, 1)]), ["logits"]]
+        *_, found = session(llama, PATCHED, steps, context=context, load={"demand": demand})
+        assert bool(found[0]) == expected
+
+
+#
+# what users see
+#
+
+
+def test_options(smollm):
+    """--demand and its variable, whose effect is told once, with the first batch that has any. What is wrong is an error."""
+    options = ["-m", smollm, "-t", 1, "-no-cnv", "-c", 64, "-n", 4, "-p", "one two three four", "-lv", 4]
+    line = re.compile(r"not computed, since nobody reads it: (\d+) of (\d+) nodes compute 1 of \d+ rows")
+    narrowed = [tool("llama-completion", *options, "--demand", what, log=True) for what in ("rows", "embeddings")]
+    assert all(len(line.findall(log)) == 1 for log in narrowed), narrowed
+    assert not line.search(tool("llama-completion", *options, "--demand", "none", log=True))
+    assert not line.search(tool("llama-completion", *options, log=True))
+    assert line.search(run_tool("llama-completion", *options, env={"LLAMA_ARG_DEMAND": "rows"}).stderr)
+    done = run_tool("llama-completion", *options, "--demand", "everything")
+    assert done.returncode == 1
+    assert 'override \'firstlayer.demand\' must be "none", "rows" or "embeddings"' in done.stderr
+
+
+def products(path: Path, job: dict) -> int:
+    """Multiply-adds that the stock library runs for a batch of N_TOKENS tokens, attention included."""
+    context = {"n_ctx": N_TOKENS, "n_batch": N_TOKENS, "n_ubatch": N_TOKENS}
+    job = {"run": "graph", "model": path, "tokens": text(N_TOKENS, 1), "flash_attn": 0} | job
+    (nodes,) = run(STOCK, job | {"context": context | job.get("context", {})})
+    return sum(
+        int(np.prod(result)) * weight[0] for op, _, _, _, (result, weight, *_) in nodes if op in ("MUL_MAT", "MUL_MAT_ID")
+    )
+
+
+def test_plan(llama):
+    """Ratios of multiply-adds: what the stock library runs, and, by the formula, the same without what is not read."""
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in GGUFReader(llama).tensors}
+    last = max(int(name.split(".")[1]) for name in shapes if name.startswith("blk."))
+    size = {name: width * height for name, (width, height) in ((n, s) for n, s in shapes.items() if len(s) == 2)}
+    block = f"blk.{last}."
+    queries = size[block + "attn_q.weight"] + size[block + "attn_output.weight"]
+    queries += 2 * N_TOKENS * shapes[block + "attn_q.weight"][1]  # with keys, and with values
+    others = sum(size[block + f"ffn_{name}.weight"] for name in ("gate", "up", "down"))
+
+    demand = plan(llama).demand
+    whole = products(llama, {"outputs": 1})
+    assert demand.prompt == pytest.approx(whole / (whole - (N_TOKENS - 1) * queries), rel=1e-12)
+
+    assert demand.pooling == "last"
+    whole = products(llama, {"context": {"embeddings": True, "pooling_type": LAST}})
+    read = whole - (N_TOKENS - 1) * (queries + others) - N_TOKENS * size["output.weight"]
+    assert demand.embedding == pytest.approx(whole / read, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["smollm", "minilm"])
+def test_verify(name, request):
+    model = request.getfixturevalue(name)
+    vectors = verify(model, demand="embeddings", pooling="cls" if name == "minilm" else None, tokens=100)
+    assert vectors.problems == []
+    assert vectors.scored == 64
+    assert 0.999 < vectors.cosine_min <= vectors.cosine <= 1.0000001
+    if name == "smollm":
+        prompts = verify(model, demand="rows", tokens=100)
+        assert prompts.problems == []
+        assert prompts.scored == 64
+        assert prompts.greedy == (None,) * 4
+
+
+def test_bench(smollm):
+    prompt = bench(smollm, demand="rows", batches=[512], loads=2, seconds=1, resources=False)
+    assert prompt.cells[0].bound == pytest.approx(plan(smollm).demand.prompt)
+    embedded = bench(smollm, cache=16, demand="embeddings", loads=2, seconds=1)
+    assert [cell.batch for cell in embedded.cells] == [64, 512]
+    assert embedded.cells[1].bound > plan(smollm).demand.embedding > 1.2
+    if embedded.resources:  # logits of 512 tokens
+        assert embedded.resources_source.peak - embedded.resources.peak > 20 << 20
+
+
+def test_arguments(llama):
+    assert "nothing that can be left out; give rows or embeddings" in refusal(cli("bench", llama, "--demand", "all"))
+    assert "is no pooling; give one of" in refusal(cli("verify", llama, "--demand", "embeddings", "--pooling", "max"))
+    assert "--pooling is for --demand embeddings" in refusal(cli("bench", llama, "--demand", "rows", "--pooling", "cls"))
+    assert "no --context before it" in refusal(cli("bench", llama, "--demand", "embeddings", "--context", 64))
+    assert "or --demand" in refusal(cli("verify", llama, "--demand", "rows", "--cache"))
+    with pytest.raises(UsageError, match=r"either a converted file, or cache=\.\.\., or demand=\.\.\."):
+        verify(llama)

@@ -96,6 +96,16 @@ def test_rpc_with_a_cache(weights, smollm):
     assert source_splits >= splits
 
 
+def test_rpc_with_demand(smollm):
+    """The devices are not interrupted more often. Fails if rows are selected on the host."""
+    with rpc_server() as address:
+        (source, source_log), (ours, log) = both(lambda options: offloaded(smollm, address, *options), [], ["--demand", "rows"])
+    assert source == ours
+    assert len(source.split()) > 10
+    splits, source_splits = (sum(line.startswith("## SPLIT") for line in lines) for lines in (log, source_log))
+    assert splits <= source_splits
+
+
 @pytest.fixture(params=["patched", "vulkan"])
 def device_build(request, monkeypatch) -> Path:
     """A build that has a device: Metal on macOS, or what scripts/test-vulkan builds."""
@@ -140,6 +150,14 @@ def test_device_with_a_cache(name, device_build, archs):
             assert found["cache"]["n_hits"] > 0
             for size in job["batches"]:
                 assert distance(stock[size], found[size]) <= 1.5 * own
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "gemma3-dense", "gemma4-dense", "mamba-dense"])
+def test_device_with_demand(name, device_build, archs):
+    """The greedy text after a prompt is that of the same device without."""
+    job = {"run": "greedy", "model": archs / f"{name}.gguf", "prompts": [{"count": 40, "seed": 1}], "n_predict": 24}
+    stock, ours = run(device_build, *(job | {"load": {"n_gpu_layers": 99} | more} for more in ({}, {"demand": "rows"})))
+    assert stock == ours
 
 
 #

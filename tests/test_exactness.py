@@ -41,7 +41,7 @@ def test_weights_are_gone(name, archs, tmp_path):
     elided = {weight.name for weight in result.elided}
     assert {f"blk.0.{weight}.weight" for weight in gone} <= elided
     (nodes,) = run(PATCHED, {"run": "graph", "model": result.output, "tokens": {"count": 3, "seed": 2}})
-    read = {operand for _, _, operands, _ in nodes for operand in operands}
+    read = {operand for _, _, operands, *_ in nodes for operand in operands}
     assert not read & elided
     assert "firstlayer.0.table" in read
 
@@ -83,12 +83,12 @@ def test_repacked_weights_are_exact(smollm, tmp_path):
 def test_smollm_graph(smollm, smollm_flp):
     job = {"run": "graph", "tokens": [1, 2, 3]}
     ((stock, ours),) = compare(smollm, smollm_flp["f32"], job)
-    products = [[operands[0] for op, _, operands, _ in nodes if op == "MUL_MAT"] for nodes in (stock, ours)]
+    products = [[operands[0] for op, _, operands, *_ in nodes if op == "MUL_MAT"] for nodes in (stock, ours)]
     projections = {f"blk.0.attn_{which}.weight" for which in "qkv"}
     assert set(products[0]) - set(products[1]) == projections
     assert len(products[0]) - len(products[1]) == 3
     assert len(ours) < len(stock)
-    lookups = [operands[0] for op, _, operands, _ in ours if op == "GET_ROWS"]
+    lookups = [operands[0] for op, _, operands, *_ in ours if op == "GET_ROWS"]
     assert lookups.count("firstlayer.0.table") == 1  # one lookup for Q, K and V
 
 

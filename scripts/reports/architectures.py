@@ -73,8 +73,8 @@ def check_operations(stock: list[Any], ours: list[Any]) -> None:
     """Check that a rewritten graph has only the stock graph's operations with the same types, and lookups in tables, views and
     copies of F32, so that every device that can run the one can run the other.
     """
-    known = {(operation, types) for operation, _, _, types in stock} | {("CONT", (F32, F32))}
-    for operation, name, operands, types in ours:
+    known = {(operation, types) for operation, _, _, types, _ in stock} | {("CONT", (F32, F32))}
+    for operation, name, operands, types, _ in ours:
         is_lookup = operation == "GET_ROWS" and operands[0].startswith("firstlayer.")
         assert is_lookup or operation == "VIEW" or (operation, types) in known, (operation, name, operands, types)
 

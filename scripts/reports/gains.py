@@ -1,4 +1,4 @@
-"""What first-layer tables would gain for published models: writes docs/gains.md."""
+"""What tables, a row cache and demand would gain for published models: writes docs/gains.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from support.builds import ROOT, STOCK
 
 from gguf_firstlayer.cost import Plan, cached, estimate, of_model
+from gguf_firstlayer.demand import demand_plan
 from gguf_firstlayer.file_format import fitting, table_type
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source, without_data
@@ -26,8 +27,8 @@ HEAD = Path(__file__).with_name("gains.md").read_text(encoding="utf-8")
 NONE = """
 Nothing to precompute:
 
-| model | architecture | why |
-|---|---|---|
+| model | architecture | why | prompt by demand |
+|---|---|---|--:|
 """
 
 
@@ -51,12 +52,18 @@ def plan_of(path: Path) -> tuple[Plan, int]:
         field = source.get_field(f"{source.architecture}.block_count")
         assert field
         site_types = {site: fitting(table_type(TABLES), site.width) for site in outline.sites}
-        return replace(estimate(outline, site_types), cache=cache), int(field.contents())
+        result = replace(estimate(outline, site_types), cache=cache, demand=demand_plan(whole, source))
+        return result, int(field.contents())
 
 
 def count_text(n: float) -> str:
     """A number of parameters as readable text."""
     return f"{n / 1e9:,.1f} B" if n >= 1e9 else f"{n / 1e6:,.1f} M"
+
+
+def prompt(plan: Plan) -> str:
+    """What demand gains for a prompt."""
+    return f"{plan.demand.prompt:.4f}" if plan.demand and plan.demand.prompt else ""
 
 
 def row(plan: Plan, layers: int) -> str:
@@ -69,7 +76,7 @@ def row(plan: Plan, layers: int) -> str:
         f"| {name} | {plan.architecture} | {layers} | {count_text(plan.parameters)} | {stored:,} |"
         f" {count_text(plan.values_eliminated)} | {plan.decode_bound:.4f} | {plan.prefill_bound:.4f} |"
         f" {plan.file_change / plan.file_bytes:+.1%} | {device} | {plan.cache.decode_bound:.4f} |"
-        f" {plan.cache.prefill_cold:.4f} | {size_text(plan.cache.memory[4096])} |"
+        f" {plan.cache.prefill_cold:.4f} | {size_text(plan.cache.memory[4096])} | {prompt(plan)} |"
     )
 
 
@@ -80,7 +87,9 @@ def page(paths: Iterable[Path]) -> str:
     head = HEAD.format(count=len(plans), matrices=MATRICES, tables=TABLES)
     lines = [row(plan, layers) for plan, layers in plans if plan.sites]
     none = [
-        f"| {plan.name.removesuffix('.gguf')} | {plan.architecture} | {plan.blocker} |" for plan, _ in plans if not plan.sites
+        f"| {plan.name.removesuffix('.gguf')} | {plan.architecture} | {plan.blocker} | {prompt(plan)} |"
+        for plan, _ in plans
+        if not plan.sites
     ]
     return head + "\n".join(lines) + "\n" + NONE + "\n".join(none) + "\n"
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,11 +36,11 @@ CACHE_SIZE = 1
 class Optional(type(Path())):  # type: ignore[misc] # before Python 3.12, Path itself has no subclasses
     """A model that runs with something that it has on request, as worker.Model takes it, and as tools do."""
 
-    LOAD: dict[str, Any] = {}
-    OPTIONS: list[object] = []
+    LOAD: ClassVar[dict[str, Any]] = {}
+    OPTIONS: ClassVar[list[object]] = []
     # of the context, and of tools: with these, for the source too, SmolLM2 has the same bits
-    CONTEXT: dict[str, Any] = {}
-    EXACT: list[object] = []
+    CONTEXT: ClassVar[dict[str, Any]] = {}
+    EXACT: ClassVar[list[object]] = []
 
 
 class Cached(Optional):

@@ -123,9 +123,10 @@ def cache_data(model):
     return dict(zip(names, data, strict=True))
 
 
-def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.llama_decode):
-    """Run tokens (or embeddings) at positions first, first + 1, ... and ask for all logits. Returns the status.
+def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.llama_decode, outputs=None):
+    """Run tokens (or embeddings) at positions first, first + 1, ... and ask for logits of the last ones. Returns the status.
 
+    outputs: how many; by default all
     parallel: each token is a sequence of its own
     """
     n = len(tokens)
@@ -137,7 +138,7 @@ def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.ll
         batch.pos[i] = first + (0 if parallel else i)
         batch.n_seq_id[i] = 1
         batch.seq_id[i][0] = i if parallel else 0
-        batch.logits[i] = 1
+        batch.logits[i] = outputs is None or i >= n - outputs
     if embd is not None:
         ctypes.memmove(batch.embd, embd.ctypes.data, embd.nbytes)
     status = run(context, batch)
@@ -230,7 +231,7 @@ def greedy(job):
         tokens = model.tokens(prompt)
         position, out = 0, []
         while len(out) < job["n_predict"]:
-            assert decode(context, tokens, position) == 0
+            assert decode(context, tokens, position, outputs=1) == 0
             position += len(tokens)
             row = llama_cpp.llama_get_logits_ith(context, len(tokens) - 1)
             tokens = [int(np.ctypeslib.as_array(row, (model.n_vocab,)).argmax())]
@@ -242,9 +243,10 @@ def greedy(job):
 
 
 def graph(job):
-    """The computed nodes of batches of tokens: (operation, name, names of the operands, types of node and operands).
+    """The computed nodes of batches of tokens: (operation, name, names of the operands, types of node and operands, shapes).
 
     size: batch size; by default, all tokens at once
+    outputs: of how many tokens of a batch there are logits; by default, of all
     """
     model = Model(job["model"], **job.get("load", {}))
     op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
@@ -257,19 +259,21 @@ def graph(job):
             sources = [src.contents for src in tensor.src if src]
             names = [source.name.decode() for source in sources]
             types = (tensor.type, *(source.type for source in sources))
-            nodes.append((op_desc(pointer).decode(), tensor.name.decode(), names, types))
+            shapes = (tuple(tensor.ne), *(tuple(source.ne) for source in sources))
+            nodes.append((op_desc(pointer).decode(), tensor.name.decode(), names, types, shapes))
         return False
 
     callback = llama_cpp.ggml_backend_sched_eval_callback(visit)
     embeds, encodes = entry(model)
-    context = model.context(trace=callback, flash_attn_type=job.get("flash_attn", -1), embeddings=embeds)
+    options = {"flash_attn_type": job.get("flash_attn", -1), "embeddings": embeds} | job.get("context", {})
+    context = model.context(trace=callback, **options)
     tokens = model.tokens(job["tokens"])
     if encodes or embeds:
         assert decode(context, tokens, run=llama_cpp.llama_encode) == 0
     if not embeds:
         size = job.get("size", len(tokens))
         for first in range(0, len(tokens), size):
-            assert decode(context, tokens[first : first + size], first) == 0
+            assert decode(context, tokens[first : first + size], first, outputs=job.get("outputs")) == 0
     llama_cpp.llama_free(context)
     model.close()
     return nodes
@@ -288,8 +292,8 @@ def embeddings(job):
 
 
 def adapted(job):
-    """Logits of a prompt for each set of LoRA adapters, [index, scale]..., which are switched in one context. If llama.cpp
-    rejects an adapter, its messages.
+    """Logits of the last tokens of a prompt (`outputs`, by default all) for each set of LoRA adapters, [index, scale]..., which
+    are switched in one context. If llama.cpp rejects an adapter, its messages.
     """
     model = Model(job["model"], **job.get("load", {}))
     adapters = []
@@ -297,14 +301,15 @@ def adapted(job):
         adapters.append(llama_cpp.llama_adapter_lora_init(model.model, path.encode()))
         if not adapters[-1]:
             return "".join(messages)
-    context, tokens, results = model.context(), model.tokens(job["tokens"]), []
+    context, tokens, results = model.context(**job.get("context", {})), model.tokens(job["tokens"]), []
     for chosen in job["sets"]:
         handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(*(adapters[i] for i, _ in chosen))
         scales = (ctypes.c_float * len(chosen))(*(scale for _, scale in chosen))
         assert llama_cpp.llama_set_adapters_lora(context, handles, len(chosen), scales) == 0
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        assert decode(context, tokens) == 0, "".join(messages)
-        results.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(tokens), model.n_vocab)).copy())
+        n = job.get("outputs", len(tokens))
+        assert decode(context, tokens, outputs=n) == 0, "".join(messages)
+        results.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n, model.n_vocab)).copy())
     llama_cpp.llama_free(context)
     model.close()
     return results
