@@ -97,11 +97,15 @@ def test_rpc_with_a_cache(weights, smollm):
 
 
 def test_rpc_with_demand(smollm):
-    """The devices are not interrupted more often. Fails if rows are selected on the host."""
+    """Rows of a prompt are selected on the device, which is not interrupted for it. Fails if they go over the network."""
     with rpc_server() as address:
-        (source, source_log), (ours, log) = both(lambda options: offloaded(smollm, address, *options), [], ["--demand", "rows"])
+        (source, _), (ours, _) = both(lambda options: offloaded(smollm, address, *options), [], ["--demand", "rows"])
+        _, source_log = offloaded(smollm, address, "-n", 1)  # the last graph is the prompt's
+        _, log = offloaded(smollm, address, "-n", 1, "--demand", "rows")
     assert source == ours
     assert len(source.split()) > 10
+    selected = [line for line in log if "GET_ROWS" in line and "(row" in line]  # names are cut off
+    assert any("attn_norm-29" in line and "[RPC0" in line for line in selected), selected
     splits, source_splits = (sum(line.startswith("## SPLIT") for line in lines) for lines in (log, source_log))
     assert splits <= source_splits
 
