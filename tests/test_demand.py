@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -191,10 +192,19 @@ def test_options(smollm):
     assert all(len(line.findall(log)) == 1 for log in narrowed), narrowed
     assert not line.search(tool("llama-completion", *options, "--demand", "none", log=True))
     assert not line.search(tool("llama-completion", *options, log=True))
-    assert line.search(run_tool("llama-completion", *options, env={"LLAMA_ARG_DEMAND": "rows"}).stderr)
+    assert line.search(run_tool("llama-completion", *options, env=os.environ | {"LLAMA_ARG_DEMAND": "rows"}).stderr)
     done = run_tool("llama-completion", *options, "--demand", "everything")
     assert done.returncode == 1
     assert 'override \'firstlayer.demand\' must be "none", "rows" or "embeddings"' in done.stderr
+
+
+def test_small_savings_are_left_alone(smollm):
+    """A rewrite takes time. Fails if short prompts get slower by it."""
+    options = ["-m", smollm, "-t", 1, "-no-cnv", "-c", 64, "-n", 1, "-p", "one two three", "--demand", "rows"]
+    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_FIRSTLAYER_DEMAND_ALWAYS"}
+    assert "nobody reads" not in run_tool("llama-completion", *options, env=environment).stderr
+    options[options.index("one two three")] = " ".join(["one two three"] * 15)
+    assert "nobody reads" in run_tool("llama-completion", *options, env=environment).stderr
 
 
 def products(path: Path, job: dict) -> int:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstdlib>
 
 static bool is_layout(const ggml_tensor * t) {
     return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
@@ -16,8 +17,8 @@ llama_firstlayer_demand::llama_firstlayer_demand(const llm_graph_params & params
     gf(params.res->get_gf()),
     n_tokens(params.ubatch.n_tokens),
     nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)) {
-    drop_outputs(with_logits);
     find_index();
+    drop_outputs(with_logits);
 }
 
 //
@@ -33,6 +34,13 @@ void llama_firstlayer_demand::drop_outputs(bool with_logits) {
 
     if (!with_logits && res.t_logits) {
         dropped.insert(res.t_logits);
+        for (const ggml_tensor * t : nodes) {
+            for (const ggml_tensor * src : t->src) {
+                if (src != t) {
+                    has_readers.insert(src);
+                }
+            }
+        }
         res.t_logits = nullptr;
     }
     if (res.t_embd && (res.t_embd_pooled || !gives_embd)) {
@@ -47,15 +55,6 @@ void llama_firstlayer_demand::drop_outputs(bool with_logits) {
     for (ggml_tensor * t : nodes) {
         if (dropped.count(t)) {
             t->flags &= ~GGML_TENSOR_FLAG_OUTPUT;
-        }
-    }
-    if (!dropped.empty()) {
-        for (const ggml_tensor * t : nodes) {
-            for (const ggml_tensor * src : t->src) {
-                if (src != t) {
-                    has_readers.insert(src);
-                }
-            }
         }
     }
 }
@@ -104,8 +103,12 @@ bool llama_firstlayer_demand::row_axes(const ggml_tensor * t, narrowed & rows) c
 
 void llama_firstlayer_demand::read(const ggml_tensor * t, int axis) {
     const auto [it, is_new] = reads.emplace(t, axis);
+    const bool was_open     = !is_new && it->second != ALL;
     if (!is_new && it->second != axis) {
         it->second = ALL;
+    }
+    if (t->op != GGML_OP_NONE) {
+        n_open += (it->second != ALL) - was_open;
     }
 }
 
@@ -113,15 +116,18 @@ bool llama_firstlayer_demand::spread() {
     reads.clear();
     narrow.clear();
     dead.clear();
+    n_open = std::count_if(nodes.begin(), nodes.end(), [&](const ggml_tensor * t) { return is_selection(t); });
 
-    for (auto it = nodes.rbegin(); it != nodes.rend(); ++it) {
+    // once nothing above is affected, the rest of the graph need not be looked at
+    for (auto it = nodes.rbegin(); it != nodes.rend() && (n_open > 0 || drops_logits()); ++it) {
         const ggml_tensor * t       = *it;
         const auto          found   = reads.find(t);
         const bool          is_read = found != reads.end();
         narrowed            rows    = { is_read ? found->second : ALL, {} };
         rows.src_axes.fill(ALL);
+        n_open -= (rows.axis != ALL) + is_selection(t);
 
-        if (!is_read && (dropped.count(t) || has_readers.count(t)) && !is_whole(t)) {
+        if (drops_logits() && !is_read && (dropped.count(t) || has_readers.count(t)) && !is_whole(t)) {
             dead.insert(t);
             continue;
         }
@@ -147,6 +153,29 @@ bool llama_firstlayer_demand::spread() {
         }
     }
     return whole.size() == n_whole;
+}
+
+static int64_t multiply_adds(const ggml_tensor * t) {
+    if (t->op == GGML_OP_FLASH_ATTN_EXT) {
+        const ggml_tensor * k = t->src[1];
+        const ggml_tensor * v = t->src[2];
+        return ggml_nrows(t->src[0]) * k->ne[1] * (k->ne[0] + v->ne[0]);
+    }
+    return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_PRODUCT) ? ggml_nelements(t) * t->src[0]->ne[0] : 0;
+}
+
+// whether it takes less time to rewrite the graph than to compute what is left out
+bool llama_firstlayer_demand::is_worth_it() const {
+    static const bool always = getenv("LLAMA_FIRSTLAYER_DEMAND_ALWAYS");  // for tests, whose models are tiny
+
+    int64_t saved = 0;
+    for (const auto & [t, _] : narrow) {
+        saved += multiply_adds(t) / n_tokens * (n_tokens - index->ne[0]);
+    }
+    for (const ggml_tensor * t : dead) {
+        saved += multiply_adds(t);
+    }
+    return (always && saved > 0) || saved > MIN_SAVED * (int64_t) nodes.size();
 }
 
 //
@@ -222,9 +251,12 @@ void llama_firstlayer_demand::shrink(ggml_tensor * t, const narrowed & rows) {
 }
 
 bool llama_firstlayer_demand::apply() {
+    if (!index && !drops_logits()) {
+        return false;
+    }
     while (!spread()) {
     }
-    if (narrow.empty() && dead.empty()) {
+    if (!is_worth_it()) {
         return false;
     }
     for (ggml_tensor * t : nodes) {
@@ -272,16 +304,8 @@ int64_t llama_firstlayer_multiply_adds(ggml_cgraph * gf) {
     int64_t res = 0;
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         const ggml_tensor * t = ggml_graph_node(gf, i);
-        if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-            continue;
-        }
-        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID) {
-            res += ggml_nelements(t) * t->src[0]->ne[0];
-        } else if (t->op == GGML_OP_FLASH_ATTN_EXT) {
-            const ggml_tensor * q = t->src[0];
-            const ggml_tensor * k = t->src[1];
-            const ggml_tensor * v = t->src[2];
-            res += ggml_nrows(q) * k->ne[1] * (k->ne[0] + v->ne[0]);
+        if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {
+            res += multiply_adds(t);
         }
     }
     return res;

@@ -26,6 +26,9 @@ struct llama_firstlayer_demand {
   private:
     static constexpr int ALL = LLAMA_FIRSTLAYER_ALL_ROWS;
 
+    // multiply-adds for each node of a graph: what a core or two do in the time that it takes to rewrite it
+    static constexpr int64_t MIN_SAVED = 32 * 1024;
+
     // a node that computes only the rows that are read
     struct narrowed {
         int                       axis;
@@ -44,6 +47,10 @@ struct llama_firstlayer_demand {
     // Find what is read of each node, against the order of the graph. False if `whole` has grown: then once more.
     bool spread();
 
+    bool is_worth_it() const;
+
+    bool drops_logits() const { return !has_readers.empty(); }
+
     bool          can_select(const ggml_tensor * t, int axis) const;
     ggml_tensor * select(ggml_tensor * t, int axis);
     void          shrink(ggml_tensor * t, const narrowed & rows);
@@ -60,12 +67,13 @@ struct llama_firstlayer_demand {
 
     tensor_set dropped;                // outputs that nobody reads,
     tensor_set dead;                   // and what is computed for them alone
-    tensor_set has_readers;            // in the graph as it was
+    tensor_set has_readers;            // if logits are dropped: in the graph as it was
     tensor_set whole;                  // nodes that cannot be narrowed, since their operands cannot
 
-    std::unordered_map<const ggml_tensor *, int>           reads;     // axis of the rows that are read, or ALL
-    std::unordered_map<const ggml_tensor *, narrowed>      narrow;
-    std::unordered_map<const ggml_tensor *, ggml_tensor>   before;    // narrowed nodes as they were
+    std::unordered_map<const ggml_tensor *, int>         reads;   // axis of the rows that are read, or ALL
+    int64_t                                              n_open;  // selections and nodes that are still to be looked at
+    std::unordered_map<const ggml_tensor *, narrowed>    narrow;
+    std::unordered_map<const ggml_tensor *, ggml_tensor> before;  // narrowed nodes as they were
     std::unordered_map<const ggml_tensor *, ggml_tensor *> selected;  // rows of tensors that are computed whole
 };
 
