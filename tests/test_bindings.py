@@ -74,6 +74,33 @@ for overrides in (None, {"firstlayer.cache": 1}, {"firstlayer.cache": 0.5}, {"fi
     assert lines[1::2] == ["None", "(273, True, True)", "(136, True, True)", "(4096, True, True)"]
 
 
+def test_demand(smollm):
+    """An override of the model: the same text, and embeddings without logits."""
+    code = """
+import sys
+import numpy as np
+import gguf_firstlayer.llama_cpp as llama_cpp
+common = {"n_ctx": 256, "n_threads": 1, "n_gpu_layers": 0, "verbose": False, "flash_attn": False}
+vectors = []
+for demand in ("none", "rows", "embeddings"):
+    overrides = {"firstlayer.demand": demand}
+    llama = llama_cpp.Llama(sys.argv[1], kv_overrides=overrides, **common)
+    print(llama("Once upon a time", temperature=0, max_tokens=24)["choices"][0]["text"])
+    pooling = llama_cpp.LLAMA_POOLING_TYPE_LAST
+    llama = llama_cpp.Llama(sys.argv[1], embedding=True, pooling_type=pooling, kv_overrides=overrides, **common)
+    vectors.append(np.array(llama.embed(["Once upon a time", "The sea was calm that evening."])))
+    print(bool(llama_cpp.llama_get_logits(llama.ctx)))
+print(all(np.array_equal(vectors[0], other) for other in vectors))
+"""
+    done = python(code, smollm)
+    assert done.returncode == 0, done.stderr
+    *lines, same_vectors = done.stdout.splitlines()
+    assert len(lines[0]) > 40
+    assert lines[::2] == lines[:1] * 3
+    assert lines[1::2] == ["True", "True", "False"]
+    assert same_vectors == "True"
+
+
 def test_it_is_the_module_itself():
     done = python(
         "import gguf_firstlayer.llama_cpp as ours, llama_cpp, gguf_firstlayer\n"
