@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ import numpy as np
 from catalogue import CATALOGUE, Entry, write_model
 from gguf import GGMLQuantizationType as Type
 from support.counting import bytes_read, can_count, instructions
-from support.servers import free_port, serving
+from support.servers import free_port, openai_client, serving
 
 from gguf_firstlayer import bench, convert
 from gguf_firstlayer.auto import sample_tokens
@@ -71,6 +72,20 @@ LOG = FOLDER / "measured.json"
 REAL = ("SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m-q4_k_m")
 SHAPES = ("pythia-70m", "pythia-160m", "llama-68m", "mamba-130m")
 COUNTED = ("llama-68m", "pythia-70m")
+
+# what is embedded or read, with which pooling (None: a prompt, of which one token's logits are read), in which batches
+DEMANDED = (
+    ("SmolLM2-135M-Instruct.Q4_1", None, (32, 128, 512)),
+    ("gemma-3-270m-q4_k_m", None, (128, 512)),
+    ("pythia-160m", None, (32, 128, 512)),
+    ("qwen3.5-0.8b", None, (128, 512)),
+    ("gemma-4-e2b", None, (32, 128)),
+    ("SmolLM2-135M-Instruct.Q4_1", "last", (64, 512)),
+    ("gemma-3-270m-q4_k_m", "last", (64, 512)),
+    ("all-MiniLM-L6-v2.F16", "mean", (64, 512)),
+    ("all-MiniLM-L6-v2.F16", "cls", (64, 512)),
+)
+SERVED = (("gemma-3-270m-q4_k_m", "last"), ("all-MiniLM-L6-v2.F16", "cls"))
 
 PROMPTS = ("Explain why the sky is blue.", "List the planets of the solar system.", "Write a short story about a harbour.")
 
@@ -248,16 +263,69 @@ def shape(name: str) -> Result:
         return speeds(pair, (1, 128), loads=6, seconds=8, resources=True) | {"stock": with_stock(pair)}
 
 
-def row_cache(name: str) -> Result:
-    """Speed of a model with a row cache: warm, by `bench`, and of a first prompt."""
+@contextmanager
+def model(name: str) -> Iterator[Path]:
+    """A real model, or random weights in a published shape, which are deleted afterwards."""
     if name not in CATALOGUE:
-        return cached(ROOT / "models" / f"{name}.gguf")
+        yield ROOT / "models" / f"{name}.gguf"
+        return
     source = FOLDER / f"{name}.gguf"
     try:
-        write_model(CATALOGUE[name], source, Type.Q4_K)
-        return cached(source)
+        large = CATALOGUE[name].parameters > 1e9  # K-quants take long to make
+        write_model(CATALOGUE[name], source, Type.Q8_0 if large else Type.Q4_K)
+        yield source
     finally:
         source.unlink(missing_ok=True)
+
+
+def row_cache(name: str) -> Result:
+    """Speed of a model with a row cache: warm, by `bench`, and of a first prompt."""
+    with model(name) as source:
+        return cached(source)
+
+
+def demanded(name: str, pooling: str | None, batches: Sequence[int]) -> Result:
+    """Speed of a model that computes only what is read."""
+    with model(name) as source:
+        demand = "embeddings" if pooling else "rows"
+        loads = 4 if source.stat().st_size > 1 << 30 else 8
+        found = bench(source, demand=demand, pooling=pooling, batches=batches, loads=loads, seconds=8, resources=bool(pooling))
+        return dataclasses.asdict(found)
+
+
+def served(name: str, pooling: str, loads: int = 4, rounds: int = 5) -> Result:
+    """Requests per second of llama-server with four clients, who embed pieces of a text; with demand and a row cache, and without."""
+    words = (DOCS / "design.md").read_text().split()
+    rng, speeds = random.Random(0), []
+    pieces = [" ".join(words[i : i + n]) for i in range(0, len(words) - 120, 50) for n in (20, 60, 120)]
+    server = [PATCHED / "llama-server", "-m", ROOT / "models" / f"{name}.gguf", "--embedding", "--pooling", pooling]
+    server += ["-np", 4, "-c", 2048, "-t", os.cpu_count(), "--no-webui"]
+
+    def requests(client: Any, texts: list[str]) -> float:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda text: client.embeddings.create(model="any", input=text), texts))
+        return len(texts) / (time.perf_counter() - started)
+
+    for _ in range(loads):
+        with (
+            openai_client(server) as plain,
+            openai_client([*server, "--demand", "embeddings", "--firstlayer-cache", "auto"]) as ours,
+        ):
+            for client in (plain, ours):
+                requests(client, pieces[:4])
+            found = []
+            for _ in range(rounds):
+                texts = rng.sample(pieces, 32)
+                pair = {i: requests((plain, ours)[i], texts) for i in rng.sample((0, 1), 2)}
+                found.append((pair[0], pair[1]))
+            speeds.append(np.array(found))
+    every = np.concatenate(speeds)
+    return {
+        "source": float(np.median(every[:, 0])),
+        "ours": float(np.median(every[:, 1])),
+        "ratio": dataclasses.asdict(ratio([found[:, 1] / found[:, 0] for found in speeds])),
+    }
 
 
 def cached(source: Path, loads: int = 8, rounds: int = 5) -> Result:
@@ -407,6 +475,12 @@ def all_measurements() -> dict[str, Callable[[], Result]]:
     wanted["cache machine"] = machine
     for name in (*REAL, *SHAPES):
         wanted[f"cache {name}"] = lambda name=name: row_cache(name)
+    wanted["demand machine"] = machine
+    for name, pooling, batches in DEMANDED:
+        options = (name, pooling, batches)
+        wanted[f"demand {name} {pooling or 'prompt'}"] = lambda options=options: demanded(*options)
+    for name, pooling in SERVED:
+        wanted[f"served {name} {pooling}"] = lambda name=name, pooling=pooling: served(name, pooling)
     wanted["draft"] = draft
     wanted["fading"] = fading
     for kind in TYPES:

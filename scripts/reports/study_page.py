@@ -208,6 +208,28 @@ def cache_section(results: dict[str, Result]) -> str:
     return rows(head, *lines)
 
 
+def demand_section(results: dict[str, Result]) -> str:
+    lines = []
+    for key, result in results.items():
+        if not key.startswith("demand ") or key == "demand machine":
+            continue
+        _, name, pooling = key.split()
+        what = "prompt" if pooling == "prompt" else f"embedding, {pooling}"
+        for cell in result["cells"]:
+            speed = [f"{cell['source']:,.0f}", f"{cell['converted']:,.0f}"]
+            lines.append([name, what, str(cell["batch"]), *speed, interval(cell["ratio"]), f"{cell['bound']:.3f}"])
+    return rows(["model", "read", "tokens", "tokens/s without", "with", "ratio", "bound"], *lines)
+
+
+def served_section(results: dict[str, Result]) -> str:
+    lines = [
+        [*key.split()[1:], f"{result['source']:,.1f}", f"{result['ours']:,.1f}", interval(result["ratio"])]
+        for key, result in results.items()
+        if key.startswith("served ")
+    ]
+    return rows(["model", "pooling", "requests/s without", "with both", "ratio"], *lines)
+
+
 def seconds(value: float | None) -> str:
     return "?" if value is None else f"{value:.3f}"
 
@@ -266,6 +288,10 @@ def page(results: dict[str, Result]) -> str:
         "cache": cache_section(results),
         "cache_commit": results["cache machine"]["commit"],
         "cache_date": results["cache machine"]["date"],
+        "demand": demand_section(results),
+        "demand_commit": results["demand machine"]["commit"],
+        "demand_date": results["demand machine"]["date"],
+        "served": served_section(results),
         "memory": memory_section(results),
         "types": type_section(results),
         "counts": count_section(results),
