@@ -199,7 +199,7 @@ class Plan:
         decode_bound: their ratio, the highest possible speed-up of decoding if it is bound by reading weights
         prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
         cache: what a row cache would gain instead; None where a model has no site
-        demand: what computing only what is read would save; None for a shape
+        demand: what computing only what is read would save; None for a shape, or where llama.cpp cannot build the graphs
     """
 
     name: str
@@ -257,8 +257,14 @@ def of_file(path: Path, for_cache: bool = False) -> CostModel:
     return isolated(partial(_read, (for_cache,)), path)[0]
 
 
+def both_of_file(path: Path) -> tuple[CostModel, CostModel]:
+    """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`."""
+    tables, cache = isolated(partial(_read, (False, True)), path)
+    return tables, cache
+
+
 def all_of_file(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
-    """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`; and of demand."""
+    """The same, and the plan of demand, for which llama.cpp builds graphs that it may never have built for such a model."""
     return isolated(_read_all, path)
 
 

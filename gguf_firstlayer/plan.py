@@ -16,11 +16,12 @@ from gguf_firstlayer.cost import (
     CostModel,
     Plan,
     all_of_file,
+    both_of_file,
     cached,
     estimate,
 )
 from gguf_firstlayer.demand import N_TOKENS
-from gguf_firstlayer.errors import UsageError
+from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
 from gguf_firstlayer.text import change_text, count, numbers, size_text, to_json
@@ -58,10 +59,14 @@ def plan(
     if not all(1 <= size <= MAX_NUMBER for size in batches):
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
     wanted = file_format.table_type("q8_0" if type == "auto" else type)
+    demand = None
     if isinstance(model, CostModel):
-        shape, for_cache, demand = model, model, None
+        shape = for_cache = model
     else:
-        shape, for_cache, demand = all_of_file(Path(model))
+        try:
+            shape, for_cache, demand = all_of_file(Path(model))
+        except FirstLayerError:  # perhaps llama.cpp aborted on a graph that embeds
+            shape, for_cache = both_of_file(Path(model))
     site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
     return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache), demand=demand)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import architectures
@@ -161,6 +162,18 @@ def test_adapters_of_the_last_layer(smollm, tmp_path):
     assert same(stock, ours)
     assert not np.array_equal(stock[0], stock[1])
     assert not np.array_equal(stock[1], stock[2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of C++ functions differ")
+@pytest.mark.parametrize("name", ["llama-dense", "qwen35-dense"])
+def test_hidden_states_for_drafts(name, archs):
+    """They are there for all tokens, although only one is output. Fails if an output that somebody asked for is dropped."""
+    steps = [["hidden"], decode([[0], text(40, 1), 1]), decode([[0], text(40, 2), 9])]
+    context = {"flash_attn_type": 0, "kv_unified": True}
+    stock = session(archs / f"{name}.gguf", STOCK, steps, context=context)
+    ours = session(archs / f"{name}.gguf", PATCHED, steps, context=context, load={"demand": "rows"})
+    assert same(stock[1:], ours[1:])
+    assert stock[1].shape[0] == 40
 
 
 def test_callbacks_see_everything(llama):

@@ -102,8 +102,9 @@ def test_table_of_models():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         gains[cells[0]] = cells
     rows = [line.strip("|").split("|") for line in README.splitlines() if re.match(r"\| [\w.-]+ \| \+\d", line)]
-    assert len(rows) == 10
-    for name, decoding, prefill, memory, file, device in ([cell.strip() for cell in row] for row in rows):
+    assert len(rows) == 12
+    for name, prompt, decoding, prefill, memory, file, device in ([cell.strip() for cell in row] for row in rows):
         expected = gains[name]
-        assert [decoding, prefill] == [f"+{100 * (float(bound) - 1):.1f} %" for bound in expected[6:8]]
+        bounds = [expected[13], *expected[6:8]]
+        assert [prompt, decoding, prefill] == [f"+{100 * (float(bound) - 1):.1f} %" for bound in bounds]
         assert [file.replace(" ", ""), device, memory] == [*expected[8:10], expected[12]]

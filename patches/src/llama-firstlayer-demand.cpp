@@ -74,7 +74,7 @@ void llama_firstlayer_demand::find_index() {
         }
     }
     const auto & list = outputs.empty() ? pooled : outputs;
-    if (!list.empty()) {
+    if (!list.empty() && n_tokens > 1) {  // the axis of a single token cannot be told from others
         index = list.front();
         indices.insert(list.begin(), list.end());
     }
@@ -188,7 +188,7 @@ bool llama_firstlayer_demand::can_select(const ggml_tensor * t, int axis) const 
 }
 
 ggml_tensor * llama_firstlayer_demand::select(ggml_tensor * t, int axis) {
-    ggml_tensor *& res = selected[t];
+    ggml_tensor *& res = selected[{ t, axis }];
     if (res) {
         return res;
     }

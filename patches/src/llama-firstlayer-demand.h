@@ -4,9 +4,11 @@
 #include "llama-firstlayer-ops.h"
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 struct llm_graph_params;
@@ -74,7 +76,9 @@ struct llama_firstlayer_demand {
     int64_t                                              n_open;  // selections and nodes that are still to be looked at
     std::unordered_map<const ggml_tensor *, narrowed>    narrow;
     std::unordered_map<const ggml_tensor *, ggml_tensor> before;  // narrowed nodes as they were
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> selected;  // rows of tensors that are computed whole
+
+    // rows of tensors that are computed whole, by their axis
+    std::map<std::pair<const ggml_tensor *, int>, ggml_tensor *> selected;
 };
 
 // multiply-adds of the products of matrices in a graph, attention included

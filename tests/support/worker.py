@@ -414,6 +414,17 @@ def control(model, context, seed):
     assert llama_cpp.llama_set_adapter_cvec(context, data, len(vectors), width, 1, layers) == 0
 
 
+def hidden_states(model, context, count):
+    """What drafts read of a context (`llama_get_embeddings_nextn`), F32 [count, width]; for none, ask the context for them."""
+    library, handle = llama_cpp.llama_cpp._lib, ctypes.c_void_p(context)  # these functions are C++
+    if count == 0:
+        library._Z26llama_set_embeddings_nextnP13llama_contextbb(handle, ctypes.c_bool(True), ctypes.c_bool(False))
+        return None
+    get = library._Z26llama_get_embeddings_nextnP13llama_context
+    get.restype = ctypes.POINTER(ctypes.c_float)
+    return np.ctypeslib.as_array(get(handle), (count, llama_cpp.llama_model_n_embd_out(model.model))).copy()
+
+
 def session(job):
     """Run a list of steps in a context. Returns the results of those that have any, in order.
 
@@ -427,10 +438,11 @@ def session(job):
     cache                                       hits and misses of the row cache
     log                                         what llama.cpp warned of
     logits                                      whether there are any
+    hidden                                      from now on, ask for hidden states of all tokens, and return each decode's
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
     model = Model(job["model"], **job.get("load", {}))
-    model.embeddings = job.get("context", {}).get("embeddings", False)
+    model.embeddings, hidden = job.get("context", {}).get("embeddings", False), False
     context = model.context(**job.get("context", {}))
     memory, results = llama_cpp.llama_get_memory(context), []
     for step, *arguments in job["steps"]:
@@ -443,6 +455,11 @@ def session(job):
             if status != 0:
                 raise RuntimeError(f"llama_decode returned {status}: {''.join(messages)}")
             results.append(given(model, context, parts))
+            if hidden:
+                results.append(hidden_states(model, context, sum(len(tokens) for _, tokens, _ in parts)))
+        elif step == "hidden":
+            hidden = True
+            hidden_states(model, context, 0)
         elif step == "encode":
             assert decode(context, model.tokens(*arguments), run=llama_cpp.llama_encode) == 0, "".join(messages)
         elif step == "state":
