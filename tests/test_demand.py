@@ -176,6 +176,23 @@ def test_hidden_states_for_drafts(name, archs):
     assert stock[1].shape[0] == 40
 
 
+@pytest.mark.parametrize("name", ["llama-dense", "gemma4-dense", "qwen35-dense"])
+def test_contexts_that_change(name, archs):
+    """A context is asked for embeddings and for logits in turn, as by llama-server, so that its graphs differ from each other.
+
+    Fails if one is computed in memory that was planned for another.
+    """
+    part, steps = [[0], text(40, 1), 9], []
+    for flag in (True, False, True, False):
+        steps += [["embeddings", flag], decode(part), ["rm", 0, -1, -1], decode([[0], text(20, 2), 20]), ["rm", 0, -1, -1]]
+    context = {"flash_attn_type": 0, "kv_unified": True, "embeddings": True, "pooling_type": LAST}
+    stock = session(archs / f"{name}.gguf", STOCK, steps, context=context)
+    for demand in ("rows", "embeddings"):
+        ours = session(archs / f"{name}.gguf", PATCHED, steps, context=context, load={"demand": demand})
+        for i, (expected, found) in enumerate(zip(stock, ours, strict=True)):
+            assert np.allclose(expected, found, rtol=1e-4, atol=1e-5), i
+
+
 def test_callbacks_see_everything(llama):
     """What llama-imatrix, llama-eval-callback and others observe is what the stock library computes."""
     job = {"run": "graph", "model": llama, "tokens": text(20, 1), "outputs": 1}

@@ -251,12 +251,13 @@ static llama_firstlayer_products count_products(const char *            path_mod
     if (!model->firstlayer) {
         model->firstlayer = std::make_unique<llama_firstlayer>();
     }
-    llama_firstlayer_products res = {};
-    bool has_output               = false;
-    model->firstlayer->observe    = [&](const llm_graph_params & params, const llama_firstlayer_walk &) {
+    llama_firstlayer_products res        = {};
+    bool                      has_output = false;
+    model->firstlayer->observe           = [&](const llm_graph_params & params, const llama_firstlayer_walk &) {
         has_output = embeds || params.res->get_logits();
-        res.all = llama_firstlayer_multiply_adds(params.res->get_gf());
-        llama_firstlayer_demand(params, /*with_logits =*/!embeds).apply();
+        res.all    = llama_firstlayer_multiply_adds(params.res->get_gf());
+        llama_firstlayer_demand_kinds kinds;
+        llama_firstlayer_demand(params, /*with_logits =*/!embeds).apply(kinds);
         res.read = llama_firstlayer_multiply_adds(params.res->get_gf());
     };
 

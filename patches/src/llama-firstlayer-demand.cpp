@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdlib>
+#include <functional>
 
 static bool is_layout(const ggml_tensor * t) {
     return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
@@ -18,7 +19,7 @@ llama_firstlayer_demand::llama_firstlayer_demand(const llm_graph_params & params
     n_tokens(params.ubatch.n_tokens),
     nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)) {
     find_index();
-    drop_outputs(with_logits);
+    find_outputs(with_logits);
 }
 
 //
@@ -26,35 +27,37 @@ llama_firstlayer_demand::llama_firstlayer_demand(const llm_graph_params & params
 //
 
 // llama_context reads these tensors of a graph, depending on its parameters
-void llama_firstlayer_demand::drop_outputs(bool with_logits) {
-    const auto &       cparams = params.cparams;
-    llm_graph_result & res     = *params.res;
+void llama_firstlayer_demand::find_outputs(bool with_logits) {
+    const auto &             cparams = params.cparams;
+    const llm_graph_result & res     = *params.res;
 
     const bool gives_embd = cparams.embeddings || params.gtype == LLM_GRAPH_TYPE_ENCODER || !res.t_logits;
 
-    if (!with_logits && res.t_logits) {
-        dropped.insert(res.t_logits);
-        for (const ggml_tensor * t : nodes) {
-            for (const ggml_tensor * src : t->src) {
-                if (src != t) {
-                    has_readers.insert(src);
-                }
-            }
+    // one tensor may be several of them
+    tensor_set kept;
+    const auto add = [&](const ggml_tensor * t, bool is_read) {
+        if (t) {
+            (is_read ? kept : dropped).insert(t);
         }
-        res.t_logits = nullptr;
+    };
+    add(res.t_logits, with_logits);
+    add(res.t_embd, gives_embd && !res.t_embd_pooled);
+    add(res.t_embd_pooled, true);
+    add(res.t_h_nextn, cparams.embeddings_nextn);
+    for (size_t il = 0; il < cparams.embeddings_layer_inp.size(); ++il) {
+        add(cparams.embeddings_layer_inp[il] ? res.t_layer_inp[il] : nullptr, true);
     }
-    if (res.t_embd && (res.t_embd_pooled || !gives_embd)) {
-        dropped.insert(res.t_embd);
-    }
-    if (res.t_h_nextn && !cparams.embeddings_nextn) {
-        dropped.insert(res.t_h_nextn);
-    }
-    for (const ggml_tensor * t : { res.t_logits, res.t_embd_pooled }) {
+    for (const ggml_tensor * t : kept) {
         dropped.erase(t);
     }
-    for (ggml_tensor * t : nodes) {
-        if (dropped.count(t)) {
-            t->flags &= ~GGML_TENSOR_FLAG_OUTPUT;
+    if (with_logits || !res.t_logits) {
+        return;
+    }
+    for (const ggml_tensor * t : nodes) {
+        for (const ggml_tensor * src : t->src) {
+            if (src != t) {
+                has_readers.insert(src);
+            }
         }
     }
 }
@@ -88,8 +91,7 @@ bool llama_firstlayer_demand::is_selection(const ggml_tensor * t) const {
 // whether a node must compute all rows
 bool llama_firstlayer_demand::is_whole(const ggml_tensor * t) const {
     const bool has_target = t->view_src && !is_layout(t);
-    return (t->flags & GGML_TENSOR_FLAG_OUTPUT) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE) || has_target ||
-           whole.count(t);
+    return is_output(t) || !(t->flags & GGML_TENSOR_FLAG_COMPUTE) || has_target || whole.count(t);
 }
 
 bool llama_firstlayer_demand::row_axes(const ggml_tensor * t, narrowed & rows) const {
@@ -250,7 +252,33 @@ void llama_firstlayer_demand::shrink(ggml_tensor * t, const narrowed & rows) {
     }
 }
 
-bool llama_firstlayer_demand::apply() {
+size_t llama_firstlayer_demand_kinds::n_leafs(size_t kind) {
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    const auto found = std::find(known.begin(), known.end(), kind);
+    if (found == known.end()) {
+        if (known.size() == MAX) {
+            return 0;
+        }
+        known.push_back(kind);
+        return known.size() * N_LEAFS;
+    }
+    return (found - known.begin() + 1) * N_LEAFS;
+}
+
+// a number for what decides which tensors a rewritten graph has, and how long each is needed
+size_t llama_firstlayer_demand::kind() const {
+    std::string text;
+    for (const ggml_tensor * t : nodes) {
+        const auto found = narrow.find(t);
+        text += (char) t->op;
+        text += found == narrow.end() ? (dead.count(t) ? 'd' : 'w') : (char) ('0' + found->second.axis);
+        text += is_output(t) ? 'o' : ' ';
+    }
+    return std::hash<std::string>()(text);
+}
+
+bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
     if (!index && !drops_logits()) {
         return false;
     }
@@ -258,6 +286,22 @@ bool llama_firstlayer_demand::apply() {
     }
     if (!is_worth_it()) {
         return false;
+    }
+    const size_t n_leafs = kinds.n_leafs(kind());
+    const size_t n_free  = (ggml_get_mem_size(ctx) - ggml_used_mem(ctx)) / ggml_tensor_overhead();
+    if (n_leafs == 0 || n_free < n_leafs + 8 * narrow.size() + 8) {
+        return false;
+    }
+    for (ggml_tensor * t : nodes) {
+        if (dropped.count(t)) {
+            t->flags &= ~GGML_TENSOR_FLAG_OUTPUT;
+        }
+    }
+    if (drops_logits()) {
+        params.res->t_logits = nullptr;
+    }
+    for (size_t i = 0; i < n_leafs; ++i) {
+        ggml_set_input(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1));
     }
     for (ggml_tensor * t : nodes) {
         const auto found = narrow.find(t);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -13,14 +14,29 @@
 
 struct llm_graph_params;
 
+// The kinds of rewritten graphs of a model. llama.cpp's allocator keeps its plan for a graph with as many nodes and leafs as the one
+// that it planned, because llama.cpp builds all graphs of a context alike. Rewritten ones are not, so each kind gets a number of
+// leafs of its own.
+struct llama_firstlayer_demand_kinds {
+    static constexpr size_t MAX     = 32;
+    static constexpr size_t N_LEAFS = 16;  // more than a rewrite removes
+
+    // leafs to add to a graph of this kind; 0 if there are too many kinds
+    size_t n_leafs(size_t kind);
+
+  private:
+    std::mutex          mutex;
+    std::vector<size_t> known;
+};
+
 // Leaves out of a graph what nobody reads: the walk in the other direction. Where the graph selects rows - those of the tokens
 // that are output, or those that pooling takes - the selection moves up through row-wise operations, and through attention on
 // the side of its queries. It stops at what other rows need: keys, values, states.
 struct llama_firstlayer_demand {
     llama_firstlayer_demand(const llm_graph_params & params, bool with_logits);
 
-    // Rewrite the graph, in place. False if all of it is read.
-    bool apply();
+    // Rewrite the graph, in place. False if all of it is read, or if that is not worth it; then it stays as it is.
+    bool apply(llama_firstlayer_demand_kinds & kinds);
 
     // in the log: what is left out
     std::string describe() const;
@@ -39,8 +55,10 @@ struct llama_firstlayer_demand {
 
     using tensor_set = std::unordered_set<const ggml_tensor *>;
 
-    void drop_outputs(bool with_logits);
-    void find_index();
+    void   find_outputs(bool with_logits);
+    void   find_index();
+    size_t kind() const;
+
     bool is_selection(const ggml_tensor * t) const;
     bool is_whole(const ggml_tensor * t) const;
     bool row_axes(const ggml_tensor * t, narrowed & rows) const;
@@ -52,6 +70,8 @@ struct llama_firstlayer_demand {
     bool is_worth_it() const;
 
     bool drops_logits() const { return !has_readers.empty(); }
+
+    bool is_output(const ggml_tensor * t) const { return (t->flags & GGML_TENSOR_FLAG_OUTPUT) && !dropped.count(t); }
 
     bool          can_select(const ggml_tensor * t, int axis) const;
     ggml_tensor * select(ggml_tensor * t, int axis);

@@ -12,7 +12,8 @@
 #include <cstring>
 #include <stdexcept>
 
-llama_firstlayer::llama_firstlayer()  = default;
+llama_firstlayer::llama_firstlayer() : demand_kinds(std::make_unique<llama_firstlayer_demand_kinds>()) {}
+
 llama_firstlayer::~llama_firstlayer() = default;
 
 //
@@ -256,7 +257,7 @@ void llama_firstlayer::leave_out(const llm_graph_params & params) {
         return;
     }
     llama_firstlayer_demand demand(params, !drops_logits(cparams.embeddings, !params.samplers.empty()));
-    if (demand.apply() && !is_reserve(params.ubatch) && !told_demand.exchange(true)) {
+    if (demand.apply(*demand_kinds) && !is_reserve(params.ubatch) && !told_demand.exchange(true)) {
         // a warning, since tools do not show info messages
         LLAMA_LOG_WARN("%s: not computed, since nobody reads it: %s\n", __func__, demand.describe().c_str());
     }

@@ -235,6 +235,7 @@ struct llama_firstlayer;
 struct ggml_cgraph;
 
 struct llama_firstlayer_cache;
+struct llama_firstlayer_demand_kinds;
 struct llama_firstlayer_walk;
 struct llama_model;
 struct llama_model_base;
@@ -323,7 +324,8 @@ struct llama_firstlayer {
     bool   demand_rows       = false;  // leave out rows that nobody reads
     bool   demand_embeddings = false;  // and logits beside embeddings
 
-    std::atomic<bool> told_demand = false;
+    std::atomic<bool>                              told_demand = false;
+    std::unique_ptr<llama_firstlayer_demand_kinds> demand_kinds;
 
     ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
     void          leave_out(const llm_graph_params & params);

@@ -370,7 +370,7 @@ def given(model, context, parts):
     seqs = sorted({seq for seqs, *_ in parts for seq in seqs})
     count = sum(n_outputs for *_, n_outputs in parts)
     pooling = llama_cpp.llama_pooling_type(context)
-    if pooling > 0:
+    if pooling > 0 and model.embeddings:
         width = llama_cpp.llama_model_n_embd_out(model.model)
         if pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK:
             width = llama_cpp.llama_model_n_cls_out(model.model)
@@ -431,6 +431,7 @@ def session(job):
     decode [sequences, tokens, outputs]...      one llama_decode, with that many outputs at the end, by default all
     save path [sequence], load path [sequence]  the state (llama_state_get_data, llama_state_set_data)
     encode tokens                               one llama_encode
+    embeddings flag                             llama_set_embeddings
     state                                       the bytes of the state of the context
     embed first count seed                      one llama_decode of random vectors instead of tokens, as for images
     resident                                    resident bytes of the process
@@ -460,6 +461,9 @@ def session(job):
         elif step == "hidden":
             hidden = True
             hidden_states(model, context, 0)
+        elif step == "embeddings":
+            (model.embeddings,) = arguments
+            llama_cpp.llama_set_embeddings(context, model.embeddings)
         elif step == "encode":
             assert decode(context, model.tokens(*arguments), run=llama_cpp.llama_encode) == 0, "".join(messages)
         elif step == "state":
