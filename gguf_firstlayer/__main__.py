@@ -42,7 +42,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute for GGUF models.")
+    parser = argparse.ArgumentParser(prog="gguf-firstlayer", description="First-layer precompute, and demand, for GGUF models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of this program and of llama.cpp")
     shtab.add_argument_to(parser, "--print-completion", help="print a shell completion script, and exit")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -18,7 +19,7 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import bound, of_file
-from gguf_firstlayer.demand import EMBEDDINGS, POOLINGS, check_demand, own_pooling, saved
+from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, open_source, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
@@ -59,7 +60,7 @@ MAX_TOKENS = 1 << 20
 
 UNKNOWN, FASTER, SLOWER = "no significant difference", "faster", "slower"
 LIMITED = "faster; what is beyond the bound does not count"
-IMPOSSIBLE, BUSY = "noise, beyond what tables can gain", "no verdict, the machine was busy with other work"
+IMPOSSIBLE, BUSY = "noise, beyond what is possible", "no verdict, the machine was busy with other work"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Bench:
     Attributes:
         source, converted: files
         cache: of the source with a row cache instead of a converted file: how it was used in the last load; None otherwise
-        demand: as given
+        demand, pooling: as given; the pooling that was chosen, None for logits
         threads: number of threads of each model
         pinned: whether each thread stayed on a processor of its own
         cells: by batch size and context
@@ -118,6 +119,7 @@ class Bench:
     resources: Resources | None
     cache: RowCache | None
     demand: str | None
+    pooling: str | None
 
     @property
     def other(self) -> str:
@@ -151,7 +153,7 @@ def bench(
         converted: likewise
         cache: instead of a converted file: MiB for a row cache of the source, or "auto". It is warm, unless tokens are random:
             the text has passed through it
-        demand: what is left out since nobody reads it, "rows" or "embeddings"; alone, or beside tables or a row cache. With
+        demand: what is read, "rows" or "embeddings": the rest is left out; alone, or beside tables or a row cache. With
             "embeddings", both models embed texts of the batch sizes
         pooling: of these embeddings, one of `demand.POOLINGS`; by default the model's own, or "last"
         batches: batch sizes in tokens; by default BATCHES, or TEXTS to embed
@@ -176,8 +178,10 @@ def bench(
     if not contexts or min(batches) < 1:
         raise UsageError("a batch needs at least one token")
     if embeds and any(contexts):
-        raise UsageError(f"an embedded text has no {option('context')} before it")
-    if (converted is None) == (cache is None) and not (demand and converted is None):
+        raise UsageError(f"an embedded text has no {option('context')} before it; leave it out")
+    if converted is not None and cache is not None:
+        raise UsageError(f"give a converted file or {option('cache')}, not both")
+    if converted is None and cache is None and demand is None:
         raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
     if converted is None and limit:
         raise UsageError(f"{option('limit')} needs a converted file, whose tables it replaces with constants")
@@ -189,7 +193,7 @@ def bench(
         model, files = open_cached(Path(source), parse_cache(str(cache)))
         tables = model
     else:
-        model = tables = Source(Path(source))
+        model = tables = open_source(Path(source))
         files = Files((model,))
     if embeds:
         pooling = pooling or own_pooling(model)
@@ -199,7 +203,7 @@ def bench(
     if longest > context_length(model):
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
-    expected = _bounds(model, tables, cache is not None, batches, demand, pooling)
+    expected = _bounds(model, tables, cache is not None, batches, contexts, demand, pooling)
     tokens = isolated(partial(_tokens, random_tokens), model.path)
 
     taken: list[Resources | None] = [None, None]
@@ -236,22 +240,30 @@ def bench(
                         )
                 used = runs[1].row_cache()
             bar.update()
-    cells = [_cell(batch, context, loads, expected[batch]) for (batch, context), loads in measured.items()]
-    return Bench(model.path, tables.path, n_threads, pinned, cells, taken[0], taken[1], used, demand)
+    cells = [_cell(batch, context, loads, expected[batch, context]) for (batch, context), loads in measured.items()]
+    return Bench(model.path, tables.path, n_threads, pinned, cells, taken[0], taken[1], used, demand, pooling)
 
 
 def _bounds(
-    model: Source, tables: Source, is_cached: bool, batches: Sequence[int], demand: str | None, pooling: str | None
-) -> dict[int, float]:
-    """The highest possible speed-up, by batch size."""
-    bounds = dict.fromkeys(batches, 1.0)
+    model: Source,
+    tables: Source,
+    is_cached: bool,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    demand: str | None,
+    pooling: str | None,
+) -> dict[tuple[int, int], float]:
+    """The highest possible speed-up, by batch size and context."""
+    bounds = {(batch, context): 1.0 for batch in batches for context in contexts}
     if is_cached or tables is not model:
         outline = of_file(model.path, for_cache=is_cached)
         site_types = dict.fromkeys(outline.sites, F32) if is_cached else _site_types(tables, outline.sites)
-        bounds = {batch: bound(outline, site_types, batch) for batch in batches}
+        bounds = {(batch, context): bound(outline, site_types, batch) for batch, context in bounds}
     if demand:
-        # both leave out some of the same products, so together they gain no more than this
-        bounds = {batch: bounds[batch] * isolated(partial(saved, batch, pooling), model.path) for batch in batches}
+        for (batch, context), first in bounds.items():
+            second = isolated(partial(saved, batch, context, pooling), model.path)
+            left = 1 / first + 1 / second - 1  # of the work, if they leave out different parts of it
+            bounds[batch, context] = 1 / left if left > 0 else math.inf
     return bounds
 
 
@@ -320,6 +332,8 @@ def summary(result: Bench) -> str:
         return f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
 
     lines = [f"{count(result.threads, 'thread')}, {'each on a processor of its own' if result.pinned else 'not pinned'}"]
+    if result.demand:
+        lines.append(f"demand: {result.demand}" + (f", pooling {result.pooling}" if result.pooling else ""))
     for cell in result.cells:
         lines.append(
             f"batch {cell.batch}, context {cell.context}: {cell.source:.1f} -> {cell.converted:.1f} tokens/s,"
@@ -368,7 +382,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
-    parser.add_argument("--demand", metavar="WHAT", help="rows or embeddings: also leave out what nobody reads")
+    parser.add_argument("--demand", metavar="WHAT", help=HELP)
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--batch", type=numbers, metavar="N,...", help="tokens per batch (default: 1,512; embedded, 64,512)")
     parser.add_argument("--context", type=numbers, default=CONTEXTS, metavar="N,...", help="tokens of context (default: 0)")

@@ -29,7 +29,7 @@ class Decoder:
         constants: for a converted model: sites come from constants instead of lookups, and the output is wrong
         tables: sidecar with the model's tables
         cache: MiB for a row cache, if the model has no tables; negative for as much as it chooses itself
-        demand: what to leave out since nobody reads it, see `demand`; None for nothing
+        demand: what is read, `demand.ROWS` or `demand.EMBEDDINGS`: the rest is left out; None for everything
         pooling: one of `demand.POOLINGS`: texts of up to n_batch tokens are embedded; None for logits
 
     Attributes:
@@ -109,6 +109,11 @@ class Decoder:
         if elapsed < 0:
             raise FirstLayerError(f"{self.path}: {self._library.error()}")
         return float(elapsed) / 1e6
+
+    @property
+    def left_out(self) -> bool:
+        """Whether demand has left anything out so far."""
+        return bool(self._library.llama.llama_firstlayer_run_left_out(self.handle))
 
     def row_cache(self) -> RowCache | None:
         """The model's row cache; None if it has none."""

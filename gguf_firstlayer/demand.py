@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_firstlayer import file_format
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.runtime import library
 from gguf_firstlayer.source import Source
 
-# as llama.cpp's option --demand takes it, except for the default
+# what is read, as llama.cpp's option --demand takes it: rows of the last layers that outputs need; these, and no logits beside
+# embeddings
 ROWS, EMBEDDINGS = "rows", "embeddings"
+HELP = "what is read, rows (for the last token's logits) or embeddings (no logits): the rest is not computed"
 
 # enum llama_pooling_type, from 0
 POOLINGS = ("none", "mean", "cls", "last", "rank")
@@ -40,24 +43,25 @@ def demand_plan(path: Path, source: Source) -> DemandPlan:
     return DemandPlan(_ratio(path, None), _ratio(path, pooling), pooling)
 
 
-def saved(n_tokens: int, pooling: str | None, path: Path) -> float:
+def saved(n_tokens: int, n_past: int, pooling: str | None, path: Path) -> float:
     """The highest possible speed-up of a text in a single batch.
 
     Args:
         n_tokens: its length
+        n_past: tokens before it
         pooling: for an embedding; None for logits of the last token
         path: of the model
 
     Raises:
         FirstLayerError: llama.cpp cannot build such a graph.
     """
-    products = library().count_products(path, n_tokens, pooling_number(pooling))
+    products = library().count_products(path, n_tokens, n_past, pooling_number(pooling))
     return products.all / products.read
 
 
 def _ratio(path: Path, pooling: str | None) -> float | None:
     try:
-        return saved(N_TOKENS, pooling, path)
+        return saved(N_TOKENS, 0, pooling, path)
     except FirstLayerError:
         return None
 
@@ -74,6 +78,18 @@ def pooling_number(pooling: str | None) -> int:
     return -1 if pooling is None else POOLINGS.index(pooling)
 
 
+def open_source(path: Path) -> Source:
+    """A model that is not converted.
+
+    Raises:
+        FirstLayerError: it cannot be read, or is converted.
+    """
+    source = Source(path)
+    if source.get_field(file_format.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{path} is converted; give the original model first")
+    return source
+
+
 def check_demand(demand: str | None, pooling: str | None) -> None:
     """Check arguments.
 
@@ -81,8 +97,8 @@ def check_demand(demand: str | None, pooling: str | None) -> None:
         UsageError: there is no such demand, or no such pooling, or they do not go together.
     """
     if demand not in (None, ROWS, EMBEDDINGS):
-        raise UsageError(f"'{demand}' is nothing that can be left out; give {ROWS} or {EMBEDDINGS}")
+        raise UsageError(f"'{demand}' is not a kind of demand; give {ROWS} or {EMBEDDINGS}")
     if pooling is not None and demand != EMBEDDINGS:
-        raise UsageError(f"{option('pooling')} is for {option('demand')} {EMBEDDINGS}")
+        raise UsageError(f"{option('pooling')} needs {option('demand', EMBEDDINGS)}")
     if pooling not in (None, *POOLINGS):
-        raise UsageError(f"'{pooling}' is no pooling; give one of {', '.join(POOLINGS)}")
+        raise UsageError(f"'{pooling}' is not a type of pooling; give one of {', '.join(POOLINGS)}")

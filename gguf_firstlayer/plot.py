@@ -56,7 +56,7 @@ def plot(result: Bench, folder: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(bounds), [str(batch) for batch in bounds])
     axes.set_xlabel("tokens per batch")
-    axes.set_ylabel("speed, converted / source")
+    axes.set_ylabel(f"speed, {result.other} / source")
     name = os.fsencode(result.converted.name).decode(errors="replace")
     axes.set_title(f"{name}, {count(result.threads, 'thread')}, 95 % confidence intervals", fontsize=10)
     axes.legend(fontsize=8)

@@ -205,7 +205,7 @@ class Library:
             "llama_firstlayer_set_tables": (None, [text]),
             "llama_firstlayer_set_cache": (None, [ctypes.c_double]),
             "llama_firstlayer_set_demand": (None, [text]),
-            "llama_firstlayer_count_products": (i32, [text, i32, ctypes.c_int, ctypes.POINTER(_CProducts)]),
+            "llama_firstlayer_count_products": (i32, [text, i32, i32, ctypes.c_int, ctypes.POINTER(_CProducts)]),
             "llama_model_firstlayer_get_cache": (i32, [handle, ctypes.POINTER(_CCache)]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
@@ -219,6 +219,7 @@ class Library:
             "llama_firstlayer_run_n_out": (i32, [handle]),
             "llama_firstlayer_run_time": (i64, [handle, handle, i32, i32]),
             "llama_firstlayer_run_keep": (flag, [handle, i32]),
+            "llama_firstlayer_run_left_out": (flag, [handle]),
             "llama_firstlayer_run_get_model": (handle, [handle]),
         }
         for name, (result, arguments) in signatures.items():
@@ -258,12 +259,13 @@ class Library:
             self.llama.llama_firstlayer_set_cache(0.0)
             self.llama.llama_firstlayer_set_demand(b"none")
 
-    def count_products(self, path: Path, n_tokens: int, pooling: int) -> Products:
+    def count_products(self, path: Path, n_tokens: int, n_past: int, pooling: int) -> Products:
         """What demand saves for a text in a single batch (`llama_firstlayer_count_products`), from a model's metadata.
 
         Args:
             path: of the model
             n_tokens: length of the text
+            n_past: tokens before it
             pooling: `enum llama_pooling_type` of an embedding; -1 for logits of the last token
 
         Raises:
@@ -272,7 +274,9 @@ class Library:
         self.errors.clear()
         products = _CProducts()
         with undisturbed():
-            status = self.llama.llama_firstlayer_count_products(os.fsencode(path), n_tokens, pooling, ctypes.byref(products))
+            status = self.llama.llama_firstlayer_count_products(
+                os.fsencode(path), n_tokens, n_past, pooling, ctypes.byref(products)
+            )
         if status != 0:
             raise FirstLayerError(f"{path}: {self.error()}")
         return Products(products.all, products.read)

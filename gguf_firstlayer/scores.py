@@ -145,10 +145,17 @@ class Vectors:
         """The lowest cosine similarity; NaN if one is."""
         return float(np.min(self._cosines))
 
+    @property
+    def largest(self) -> float:
+        """The largest difference of a value, as a share of the RMS of all values."""
+        return self._largest / math.sqrt(self._squares / self._count)
+
     def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int) -> None:
         """Embed texts with both."""
         for piece, _ in pieces(ids, begin, longest):
             a, b = one.last(piece).astype(np.float64), other.last(piece).astype(np.float64)
+            if not (np.isfinite(a).all() and a.any()):
+                raise FirstLayerError("the model cannot be measured: the source's output is not finite, or zero")
             self._cosines.append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
             self._largest = max(self._largest, float(np.abs(a - b).max()))
             self._squares += float(a @ a)
@@ -159,7 +166,7 @@ class Vectors:
         return dict(
             cosine=float(np.mean(self._cosines)),
             cosine_min=self.cosine_min,
-            embedding_max=self._largest / math.sqrt(self._squares / self._count),
+            embedding_max=self.largest,
         )
 
 

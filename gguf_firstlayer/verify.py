@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.auto import sample_tokens
-from gguf_firstlayer.demand import EMBEDDINGS, POOLINGS, check_demand, own_pooling
+from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_demand, open_source, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
 from gguf_firstlayer.recompute import added, check_rows, foreign
 from gguf_firstlayer.runtime import Analysis, RowCache, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
-from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, to_json
 
 FAILURE = 2
@@ -34,8 +35,9 @@ MAX_KLD = 1e-2
 # standard errors by which a run may differ more than its tables explain
 CHANCE = 3
 
-# of the embeddings of a text: a single row may be computed by another kernel, which rounds otherwise
-MIN_COSINE = 1 - 1e-3
+# of the embeddings of a text: a single row may be computed by another kernel, which rounds otherwise. Where they have few
+# values, like scores, a cosine says nothing
+MIN_COSINE, MAX_DIFFERENCE = 1 - 1e-3, 0.5
 
 # rows of a cache that the distinct tokens of a chunk just fit in, so that each chunk evicts the rows of the one before
 EVICTING = 300
@@ -69,6 +71,7 @@ class Verification:
         logits_same: share of the tokens scored whose logits are the same bit for bit
         caches: of the source with a row cache instead of a converted file: the cache, and one so small that each chunk of the
             text evicts the rows of the one before, after the text has passed through each; both are scored
+        demand: as given
         pooling: of the embeddings that were compared instead of logits; "" if they were not
         cosine, cosine_min: mean and lowest cosine similarity of these
         embedding_max: largest difference of a value, as a share of the RMS of all values
@@ -102,6 +105,7 @@ class Verification:
     greedy_tokens: int = 0
     logits_same: float = 0.0
     caches: tuple[RowCache, ...] = ()
+    demand: str | None = None
     pooling: str = ""
     cosine: float = 0.0
     cosine_min: float = 0.0
@@ -124,8 +128,8 @@ def verify(
         source: GGUF file; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
         cache: instead of a converted file: MiB for a row cache of the source, or "auto"
-        demand: instead: what is left out since nobody reads it, "rows" or "embeddings". With "rows", prompts of the text are
-            scored by the logits of their last tokens; with "embeddings", texts are embedded
+        demand: instead: what is read, "rows" or "embeddings": the rest is left out. With "rows", prompts of the text are scored
+            by the logits of their last tokens; with "embeddings", texts are embedded
         pooling: of these embeddings, one of `demand.POOLINGS`; by default the model's own, or "last"
         text: the text to run both models over; a built-in sample by default
         tokens: how many tokens of the text to use at most; N_TOKENS by default
@@ -214,11 +218,13 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
 
 
 def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | None, tokens: int | None) -> Verification:
-    model, problems = Source(path), list[str]()
+    model, problems = open_source(path), list[str]()
+    if demand == ROWS and isolated(_gives_no_logits, model.path):
+        raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
     longest = min(CHUNK, len(ids) // 2, context_length(model))
-    found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids))
+    found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)
     if demand == EMBEDDINGS:
         pooling = pooling or own_pooling(model)
         with (
@@ -227,14 +233,34 @@ def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | Non
         ):
             vectors = Vectors()
             vectors.run(one, other, ids, begin, longest)
+            _check_left_out(other)
         if not vectors.cosine_min >= MIN_COSINE:
             problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: please report this")
+        if not vectors.largest <= MAX_DIFFERENCE:
+            problems.append(f"a value differs by {vectors.largest:.1e} of the RMS of all values: please report this")
         return replace(found, pooling=pooling, scored=vectors.n, **vectors.figures())
     with Files((model,)).open(longest, longest) as one, Files((model,), demand=demand).open(longest, longest) as other:
         scores = Scores()
         scores.run_prompts(one, other, ids, begin, longest)
+        _check_left_out(other)
     problems += _excess(scores)
     return replace(found, **scores.figures())
+
+
+def _gives_no_logits(path: Path) -> bool:
+    try:
+        saved(2, 0, None, path)
+    except FirstLayerError:
+        return True
+    return False
+
+
+def _check_left_out(run: Decoder) -> None:
+    if not run.left_out:
+        raise FirstLayerError(
+            f"nothing was left out of this model's graphs, so there is nothing to verify: see what plan says of demand, or give"
+            f" a longer text with {option('text')}"
+        )
 
 
 def _excess(scores: Scores) -> list[str]:
@@ -291,7 +317,8 @@ def summary(result: Verification) -> str:
         ]
     lines = [
         *origin,
-        f"{result.scored} tokens scored, of {result.tokens} of {'the built-in sample' if result.sample else 'the text'}",
+        f"{result.scored} {'prompts' if result.demand else 'tokens'} scored, of {result.tokens} tokens of"
+        f" {'the built-in sample' if result.sample else 'the text'}",
         f"logits: the same bit for bit for {result.logits_same:.2%} of them; max difference {result.logit_max:.3g},"
         f" RMS {result.logit_rms:.3g}",
         f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
@@ -320,7 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
-    parser.add_argument("--demand", metavar="WHAT", help="instead, rows or embeddings: leave out what nobody reads")
+    parser.add_argument("--demand", metavar="WHAT", help=f"instead, {HELP}")
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")
     parser.add_argument("--tokens", type=int, metavar="N", help=f"use at most N tokens of the text (default: {N_TOKENS})")

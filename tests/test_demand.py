@@ -16,6 +16,7 @@ from support.command_line import cli, refusal, run_tool, tool
 from support.models import convert, lora, rewrite
 
 from gguf_firstlayer import UsageError, bench, plan, verify
+from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.demand import N_TOKENS
 
 NAMES = sorted(architectures.read())
@@ -28,7 +29,7 @@ ALWAYS_OUTPUT, NO_EMBEDDINGS = {"chameleon-dense"}, {"deepseek4-moe", "qwen4exp-
 ALL_ROWS = {"cogvlm-dense", "dflash-dense", "dream-dense", "llada-dense", "llada-moe-moe", "rnd1-moe", "wavtokenizer-dec-dense"}
 
 # which only embed
-EMBEDDERS = {name for name in NAMES if "bert" in name or "embed" in name or "t5encoder" in name}
+EMBEDDERS = {name for name in NAMES if "bert" in name or name.startswith(("gemma-embedding", "llama-embed", "t5encoder"))}
 
 NONE, MEAN, CLS, LAST, RANK = range(5)
 
@@ -102,18 +103,23 @@ def test_embeddings(name, archs):
     jobs = [
         job | {"steps": steps, "context": context | {"pooling_type": pooling}}
         for pooling in (NONE, MEAN, CLS, LAST, RANK)
-        for steps in ([decode(*parts), ["logits"]], [decode(part) for part in parts])
+        for steps in ([decode(*parts), ["logits"], ["log"]], [decode(part) for part in parts])
     ]
     stock, ours = both(
         lambda side: run(*side), (STOCK, *jobs), (PATCHED, *(job | {"load": {"demand": "embeddings"}} for job in jobs[::2]))
     )
-    for pooling, (found, has_logits) in enumerate(ours):
-        (expected, _), alone = stock[2 * pooling : 2 * pooling + 2]
+    for pooling, (found, has_logits, log) in enumerate(ours):
+        (expected, had_logits, _), alone = stock[2 * pooling : 2 * pooling + 2]
         if pooling in (NONE, MEAN):
             assert np.array_equal(expected, found)
         else:
             assert close(found, expected, np.concatenate(alone))
         assert not has_logits.any()
+        # without logits there is no buffer for them either, so this shows more
+        if name in ("llama-dense", "falcon-dense", "gemma2-dense"):
+            assert had_logits.all()
+            assert "nodes are left out" in log[0]
+            assert ("nodes compute 3 of 95 rows" in log[0]) == (pooling not in (NONE, MEAN))
 
 
 #
@@ -291,11 +297,37 @@ def test_bench(smollm):
         assert embedded.resources_source.peak - embedded.resources.peak > 20 << 20
 
 
+def test_other_models(llama_flp, minilm, archs):
+    """Those that there is nothing to measure of are refused, in a sentence that says what to do."""
+    for verb, *options in (("bench", "--batch", 32), ("verify",)):
+        assert "is converted; give the original model first" in refusal(cli(verb, llama_flp, "--demand", "rows"))
+        both = cli(verb, archs / "t5-dense.gguf", "--demand", "embeddings", *options)
+        assert "llama.cpp encodes and decodes with" in refusal(both) or "cannot run on its own" in refusal(both)
+    assert "gives no logits; use --demand embeddings" in refusal(cli("verify", minilm, "--demand", "rows"))
+    assert "nothing was left out" in refusal(cli("verify", minilm, "--demand", "embeddings"))  # its pooling is the mean
+    assert plan(archs / "t5-dense.gguf").demand.embedding is None
+
+
+def test_verify_finds_what_is_wrong(smollm, monkeypatch):
+    """Fails if `verify` calls other output the same."""
+    last = Decoder.last
+
+    def wrong(run, tokens):
+        out = last(run, tokens)
+        return np.roll(out, 1) if run.left_out else out
+
+    monkeypatch.setattr(Decoder, "last", wrong)
+    for demand in ("rows", "embeddings"):
+        (problem,) = verify(smollm, demand=demand, tokens=100).problems[:1]
+        assert "please report this" in problem
+
+
 def test_arguments(llama):
-    assert "nothing that can be left out; give rows or embeddings" in refusal(cli("bench", llama, "--demand", "all"))
-    assert "is no pooling; give one of" in refusal(cli("verify", llama, "--demand", "embeddings", "--pooling", "max"))
-    assert "--pooling is for --demand embeddings" in refusal(cli("bench", llama, "--demand", "rows", "--pooling", "cls"))
+    assert "not a kind of demand; give rows or embeddings" in refusal(cli("bench", llama, "--demand", "all"))
+    assert "is not a type of pooling; give one of" in refusal(cli("bench", llama, "--demand", "embeddings", "--pooling", "x"))
+    assert "--pooling needs --demand embeddings" in refusal(cli("bench", llama, "--demand", "rows", "--pooling", "cls"))
     assert "no --context before it" in refusal(cli("bench", llama, "--demand", "embeddings", "--context", 64))
     assert "or --demand" in refusal(cli("verify", llama, "--demand", "rows", "--cache"))
+    assert "not both" in refusal(cli("bench", llama, llama, "--cache"))
     with pytest.raises(UsageError, match=r"either a converted file, or cache=\.\.\., or demand=\.\.\."):
         verify(llama)

@@ -87,7 +87,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
     n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())),
     for_cache(for_cache) {
     model = load_metadata(path_model, load_vocab);
-    if (model->firstlayer) {
+    if (model->firstlayer && !model->firstlayer->tables.empty()) {
         throw std::runtime_error("the model is already converted");
     }
 
@@ -244,10 +244,14 @@ llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_mo
 
 static llama_firstlayer_products count_products(const char *            path_model,
                                                 int32_t                 n_tokens,
+                                                int32_t                 n_past,
                                                 enum llama_pooling_type pooling) {
     const auto model  = load_metadata(path_model, /*load_vocab =*/false);
     const bool embeds = pooling != LLAMA_POOLING_TYPE_UNSPECIFIED;
 
+    if (llama_model_has_encoder(model.get()) && llama_model_has_decoder(model.get())) {
+        throw std::runtime_error("llama.cpp encodes and decodes with this model in turn");
+    }
     if (!model->firstlayer) {
         model->firstlayer = std::make_unique<llama_firstlayer>();
     }
@@ -262,7 +266,7 @@ static llama_firstlayer_products count_products(const char *            path_mod
     };
 
     llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx                = n_tokens;
+    cparams.n_ctx                = n_past + n_tokens;
     cparams.n_batch              = n_tokens;
     cparams.n_ubatch             = n_tokens;
     cparams.embeddings           = embeds;
@@ -270,18 +274,19 @@ static llama_firstlayer_products count_products(const char *            path_mod
     cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
     llama_firstlayer_builder(*model, cparams).build(n_tokens, embeds ? n_tokens : 1);
     if (!has_output) {
-        throw std::runtime_error("the model has no next-token distribution");
+        throw std::runtime_error("the model gives no logits");
     }
     return res;
 }
 
 int32_t llama_firstlayer_count_products(const char *                path_model,
                                         int32_t                     n_tokens,
+                                        int32_t                     n_past,
                                         enum llama_pooling_type     pooling,
                                         llama_firstlayer_products * products) {
     return llama_firstlayer_guarded(
         [&] {
-            *products = count_products(path_model, n_tokens, pooling);
+            *products = count_products(path_model, n_tokens, n_past, pooling);
             return 0;
         },
         -1);

@@ -149,7 +149,8 @@ bool llama_firstlayer_demand::spread() {
     const size_t n_whole = whole.size();
     for (const auto & [t, rows] : narrow) {
         for (int i = 0; i < GGML_MAX_SRC; ++i) {
-            if (rows.src_axes[i] != ALL && !narrow.count(t->src[i]) && !can_select(t->src[i], rows.src_axes[i])) {
+            if (t->src[i] && rows.src_axes[i] != ALL && !narrow.count(t->src[i]) &&
+                !can_select(t->src[i], rows.src_axes[i])) {
                 whole.insert(t);
             }
         }
@@ -218,10 +219,14 @@ static void look_at(ggml_tensor * t, size_t offset) {
     t->view_offs = t->src[0]->view_offs + offset;
 }
 
-// a selection of rows from what has no others
-static void become_view(ggml_tensor * t) {
-    t->op     = GGML_OP_VIEW;
+// A selection of rows from what has no others becomes a view, or a copy: the memory of an output is kept only if it is its own
+void llama_firstlayer_demand::keep_rows(ggml_tensor * t) const {
     t->src[1] = nullptr;
+    if (is_output(t) || !ggml_is_contiguous(t->src[0])) {
+        t->op = GGML_OP_CONT;
+        return;
+    }
+    t->op = GGML_OP_VIEW;
     look_at(t, 0);
 }
 
@@ -232,7 +237,7 @@ void llama_firstlayer_demand::shrink(ggml_tensor * t, const narrowed & rows) {
     before.emplace(t, old);
 
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (rows.src_axes[i] != ALL && !narrow.count(t->src[i])) {
+        if (t->src[i] && rows.src_axes[i] != ALL && !narrow.count(t->src[i])) {
             t->src[i] = select(t->src[i], rows.src_axes[i]);
         }
     }
@@ -248,7 +253,7 @@ void llama_firstlayer_demand::shrink(ggml_tensor * t, const narrowed & rows) {
         llama_firstlayer_shrink(offset, stride, n_tokens, index->ne[0]);
         look_at(t, offset);
     } else if (t->op == GGML_OP_GET_ROWS && identities.count(t->src[1])) {
-        become_view(t);
+        keep_rows(t);
     }
 }
 
@@ -308,7 +313,7 @@ bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
         if (found != narrow.end()) {
             shrink(t, found->second);
         } else if (t->op == GGML_OP_GET_ROWS && indices.count(t->src[1]) && narrow.count(t->src[0])) {
-            become_view(t);
+            keep_rows(t);
         }
     }
 

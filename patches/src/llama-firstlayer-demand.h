@@ -76,6 +76,7 @@ struct llama_firstlayer_demand {
     bool          can_select(const ggml_tensor * t, int axis) const;
     ggml_tensor * select(ggml_tensor * t, int axis);
     void          shrink(ggml_tensor * t, const narrowed & rows);
+    void          keep_rows(ggml_tensor * t) const;
 
     const llm_graph_params &   params;
     ggml_context *             ctx;

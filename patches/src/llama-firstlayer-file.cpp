@@ -72,7 +72,7 @@ void llama_firstlayer_set_cache(double mib) {
 }
 
 void llama_firstlayer_set_demand(const char * what) {
-    demand = what;
+    demand = what ? what : "none";
 }
 
 // whether the tables in a sidecar were computed from this model: the bytes in the middle of its weights are the same

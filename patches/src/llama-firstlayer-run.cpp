@@ -70,14 +70,15 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     if (!model) {
         throw std::runtime_error("llama.cpp cannot load the model");
     }
-    if (llama_model_has_encoder(model.get()) && !embeds()) {
-        throw std::runtime_error("a model with an encoder has no next-token distribution of its own");
+    if (llama_model_has_encoder(model.get()) && (!embeds() || llama_model_has_decoder(model.get()))) {
+        throw std::runtime_error(
+            "a model with an encoder and a decoder, or with hidden states as input, cannot run on its own");
     }
     if (an) {
         set_rows(an);
     }
     if (constants) {
-        if (!model->firstlayer) {
+        if (!model->firstlayer || model->firstlayer->tables.empty()) {
             throw std::runtime_error("the model has no tables");
         }
         model->firstlayer->use_constants(*model, n_batch);
@@ -103,7 +104,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
         throw std::runtime_error("llama.cpp cannot run this model on its own");
     }
     if (!embeds() && !ctx->get_gf_res_reserve()->get_logits()) {
-        throw std::runtime_error("the model has no next-token distribution");
+        throw std::runtime_error("the model gives no logits");
     }
     batch = llama_batch_init(n_batch, 0, 1);  // last: an exception after it would leak it
 }
@@ -247,6 +248,10 @@ int64_t llama_firstlayer_run_time(llama_firstlayer_run * run,
             return ggml_time_us() - start;
         },
         (int64_t) -1);
+}
+
+bool llama_firstlayer_run_left_out(const llama_firstlayer_run * run) {
+    return run->model->firstlayer && run->model->firstlayer->told_demand;
 }
 
 const llama_model * llama_firstlayer_run_get_model(const llama_firstlayer_run * run) {

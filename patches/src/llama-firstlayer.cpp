@@ -241,7 +241,7 @@ bool llama_firstlayer::is_reserve(const llama_ubatch & ubatch) {
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = use_rows(model, params);
     if (gf && demand_rows && !observe) {
-        leave_out(params);
+        leave_out(model, params);
     }
     return gf;
 }
@@ -250,13 +250,16 @@ bool llama_firstlayer::drops_logits(bool embeddings, bool has_samplers) const {
     return demand_embeddings && embeddings && !has_samplers;
 }
 
-void llama_firstlayer::leave_out(const llm_graph_params & params) {
+void llama_firstlayer::leave_out(const llama_model & model, const llm_graph_params & params) {
     const auto & cparams = params.cparams;
     // callbacks see all rows, and so does the loss in training
     if (cparams.cb_eval || cparams.training) {
         return;
     }
-    llama_firstlayer_demand demand(params, !drops_logits(cparams.embeddings, !params.samplers.empty()));
+    // llama_context makes a buffer for the logits of such a model in any case
+    const bool              both        = llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
+    const bool              with_logits = both || !drops_logits(cparams.embeddings, !params.samplers.empty());
+    llama_firstlayer_demand demand(params, with_logits);
     if (demand.apply(*demand_kinds) && !is_reserve(params.ubatch) && !told_demand.exchange(true)) {
         // a warning, since tools do not show info messages
         LLAMA_LOG_WARN("%s: not computed, since nobody reads it: %s\n", __func__, demand.describe().c_str());

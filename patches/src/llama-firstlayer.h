@@ -112,10 +112,11 @@ LLAMA_API void llama_firstlayer_set_cache(double mib);
 //   embeddings  besides, logits where a context gives embeddings; llama_get_logits then returns NULL
 LLAMA_API void llama_firstlayer_set_demand(const char * what);
 
-// Count what demand saves for a text of n_tokens tokens in a single batch, without reading weights.
+// Count what demand saves for a text of n_tokens tokens in a single batch, after n_past others, without reading weights.
 // pooling: LLAMA_POOLING_TYPE_UNSPECIFIED for logits of the last token; otherwise, for an embedding without logits
 LLAMA_API int32_t llama_firstlayer_count_products(const char *                       path_model,
                                                   int32_t                            n_tokens,
+                                                  int32_t                            n_past,
                                                   enum llama_pooling_type            pooling,
                                                   struct llama_firstlayer_products * products);
 
@@ -172,6 +173,9 @@ LLAMA_API int64_t llama_firstlayer_run_time(struct llama_firstlayer_run * run,
 
 // Forget all but the first n tokens. Returns false if this kind of model cannot forget a part of its memory
 LLAMA_API bool llama_firstlayer_run_keep(struct llama_firstlayer_run * run, int32_t n);
+
+// Whether demand has left anything out so far
+LLAMA_API bool llama_firstlayer_run_left_out(const struct llama_firstlayer_run * run);
 
 LLAMA_API const struct llama_model * llama_firstlayer_run_get_model(const struct llama_firstlayer_run * run);
 
@@ -310,6 +314,9 @@ struct llama_firstlayer {
     std::vector<table> tables;
     std::vector<site>  sites;
 
+    // demand has left something out, and has been told in the log
+    std::atomic<bool> told_demand = false;
+
     // of a model that was not converted: rows that are computed when they are first needed
     std::unique_ptr<llama_firstlayer_cache> cache;
 
@@ -324,11 +331,10 @@ struct llama_firstlayer {
     bool   demand_rows       = false;  // leave out rows that nobody reads
     bool   demand_embeddings = false;  // and logits beside embeddings
 
-    std::atomic<bool>                              told_demand = false;
     std::unique_ptr<llama_firstlayer_demand_kinds> demand_kinds;
 
     ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
-    void          leave_out(const llm_graph_params & params);
+    void          leave_out(const llama_model & model, const llm_graph_params & params);
 
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 

@@ -217,7 +217,10 @@ def demand_section(results: dict[str, Result]) -> str:
         what = "prompt" if pooling == "prompt" else f"embedding, {pooling}"
         for cell in result["cells"]:
             speed = [f"{cell['source']:,.0f}", f"{cell['converted']:,.0f}"]
-            lines.append([name, what, str(cell["batch"]), *speed, interval(cell["ratio"]), f"{cell['bound']:.3f}"])
+            ratio = interval(cell["ratio"])
+            if cell["verdict"].startswith("noise") and not ratio.startswith("("):
+                ratio = f"({ratio})"
+            lines.append([name, what, str(cell["batch"]), *speed, ratio, f"{cell['bound']:.3f}"])
     return rows(["model", "read", "tokens", "tokens/s without", "with", "ratio", "bound"], *lines)
 
 
@@ -227,7 +230,7 @@ def served_section(results: dict[str, Result]) -> str:
         for key, result in results.items()
         if key.startswith("served ")
     ]
-    return rows(["model", "pooling", "requests/s without", "with both", "ratio"], *lines)
+    return rows(["model", "pooling", "requests/s without", "with", "ratio"], *lines)
 
 
 def seconds(value: float | None) -> str:
