@@ -25,8 +25,9 @@ NAMES = sorted(architectures.read())
 RANDOM = {"eagle3-dense"}
 # llama.cpp aborts if it is asked for no output of theirs, or for their embeddings, or gives NaN
 ALWAYS_OUTPUT, NO_EMBEDDINGS = {"chameleon-dense"}, {"deepseek4-moe", "qwen4exp-moe", "t5-dense"}
-# decoders whose graphs select no rows
+# decoders whose graphs select no rows, or none that products are computed for
 ALL_ROWS = {"cogvlm-dense", "dflash-dense", "dream-dense", "llada-dense", "llada-moe-moe", "rnd1-moe", "wavtokenizer-dec-dense"}
+ALL_ROWS |= {"rwkv6-dense", "rwkv7-dense"}
 
 # which only embed
 EMBEDDERS = {name for name in NAMES if "bert" in name or name.startswith(("gemma-embedding", "llama-embed", "t5encoder"))}

@@ -147,10 +147,14 @@ bool llama_firstlayer_demand::spread() {
     }
 
     const size_t n_whole = whole.size();
+    selected.clear();
     for (const auto & [t, rows] : narrow) {
         for (int i = 0; i < GGML_MAX_SRC; ++i) {
-            if (t->src[i] && rows.src_axes[i] != ALL && !narrow.count(t->src[i]) &&
-                !can_select(t->src[i], rows.src_axes[i])) {
+            if (!t->src[i] || rows.src_axes[i] == ALL || narrow.count(t->src[i])) {
+                continue;
+            }
+            selected[{ t->src[i], rows.src_axes[i] }] = nullptr;
+            if (!can_select(t->src[i], rows.src_axes[i])) {
                 whole.insert(t);
             }
         }
@@ -294,7 +298,7 @@ bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
     }
     const size_t n_leafs = kinds.n_leafs(kind());
     const size_t n_free  = (ggml_get_mem_size(ctx) - ggml_used_mem(ctx)) / ggml_tensor_overhead();
-    if (n_leafs == 0 || n_free < n_leafs + 8 * narrow.size() + 8) {
+    if (n_leafs == 0 || n_free < n_leafs + N_SELECT * selected.size() + 1) {
         return false;
     }
     for (ggml_tensor * t : nodes) {

@@ -47,6 +47,9 @@ struct llama_firstlayer_demand {
     // multiply-adds for each node of a graph: what a core or two do in the time that it takes to rewrite it
     static constexpr int64_t MIN_SAVED = 32 * 1024;
 
+    // most tensors that `select` makes
+    static constexpr size_t N_SELECT = 5;
+
     // a node that computes only the rows that are read
     struct narrowed {
         int                       axis;
