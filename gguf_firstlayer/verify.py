@@ -317,8 +317,8 @@ def summary(result: Verification) -> str:
         ]
     lines = [
         *origin,
-        f"{result.scored} {'prompts' if result.demand else 'tokens'} scored, of {result.tokens} tokens of"
-        f" {'the built-in sample' if result.sample else 'the text'}",
+        f"{result.scored} {'prompts' if result.demand else 'tokens'} scored, of {result.tokens}"
+        f"{' tokens' if result.demand else ''} of {'the built-in sample' if result.sample else 'the text'}",
         f"logits: the same bit for bit for {result.logits_same:.2%} of them; max difference {result.logit_max:.3g},"
         f" RMS {result.logit_rms:.3g}",
         f"KL divergence: mean {result.kld:.2e} ± {result.kld_error:.1e} nats, median {result.kld_median:.1e},"
