@@ -19,11 +19,11 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.cost import bound, of_file
-from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, open_source, own_pooling, saved
+from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
-from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, parse_cache
+from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
 from gguf_firstlayer.runtime import Analysis, RowCache, Site

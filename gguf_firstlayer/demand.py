@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_firstlayer import file_format
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.runtime import library
 from gguf_firstlayer.source import Source
@@ -76,18 +75,6 @@ def own_pooling(source: Source) -> str:
 def pooling_number(pooling: str | None) -> int:
     """The value of `enum llama_pooling_type`; that of LLAMA_POOLING_TYPE_UNSPECIFIED for None."""
     return -1 if pooling is None else POOLINGS.index(pooling)
-
-
-def open_source(path: Path) -> Source:
-    """A model that is not converted.
-
-    Raises:
-        FirstLayerError: it cannot be read, or is converted.
-    """
-    source = Source(path)
-    if source.get_field(file_format.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{path} is converted; give the original model first")
-    return source
 
 
 def check_demand(demand: str | None, pooling: str | None) -> None:

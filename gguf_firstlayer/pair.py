@@ -55,15 +55,25 @@ class Files(NamedTuple):
         return sum(source.bytes for source in self.sources)
 
 
+def open_source(path: Path, refusal: str = "is converted; give the original model first") -> Source:
+    """A model that is not converted.
+
+    Raises:
+        FirstLayerError: it cannot be read, or is converted: with this refusal.
+    """
+    source = Source(path)
+    if source.get_field(file_format.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{path} {refusal}")
+    return source
+
+
 def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
     """A model, a file with tables for it, and the files to run with these tables.
 
     Raises:
         FirstLayerError: one of them cannot be read, or is of the wrong kind.
     """
-    model, tables = Source(source), Source(converted)
-    if model.get_field(file_format.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{source} is itself converted; give the original model first")
+    model, tables = open_source(source, "is itself converted; give the original model first"), Source(converted)
     if tables.get_field(file_format.KEY_VERSION) is None:
         raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
     files = Files((model, tables) if file_format.is_sidecar(tables) else (tables,))
@@ -77,9 +87,7 @@ def open_cached(source: Path, cache: float) -> tuple[Source, Files]:
     Raises:
         FirstLayerError: it cannot be read, or has tables instead.
     """
-    model = Source(source)
-    if model.get_field(file_format.KEY_VERSION) is not None:
-        raise FirstLayerError(f"{source} has tables, so its rows are not cached; give the original model")
+    model = open_source(source, "has tables, so its rows are not cached; give the original model")
     return model, Files((model,), cache)
 
 

@@ -321,21 +321,10 @@ bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
         }
     }
 
-    ggml_graph_clear(gf);
-    // inputs are set for every batch, so they must be allocated, even those that nothing reads
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
-            ggml_build_forward_order(gf, t);
-        }
-    }
+    llama_firstlayer_restart(ctx, gf);
     for (ggml_tensor * t : nodes) {
-        if (dead.count(t)) {
-            continue;
-        }
-        if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {
-            ggml_build_forward_expand(gf, t);
-        } else {
-            ggml_build_forward_order(gf, t);
+        if (!dead.count(t)) {
+            llama_firstlayer_add_node(gf, t);
         }
     }
     return true;

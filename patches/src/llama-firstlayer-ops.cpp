@@ -35,6 +35,23 @@ bool llama_firstlayer_shrink(size_t & address, size_t stride, int64_t n, int64_t
     return true;
 }
 
+void llama_firstlayer_restart(ggml_context * ctx, ggml_cgraph * gf) {
+    ggml_graph_clear(gf);
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
+            ggml_build_forward_order(gf, t);
+        }
+    }
+}
+
+void llama_firstlayer_add_node(ggml_cgraph * gf, ggml_tensor * t) {
+    if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {
+        ggml_build_forward_expand(gf, t);
+    } else {
+        ggml_build_forward_order(gf, t);
+    }
+}
+
 //
 // rules for the axes of the tokens
 //

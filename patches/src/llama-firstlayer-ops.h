@@ -70,3 +70,10 @@ bool llama_firstlayer_shrink(size_t & address, size_t stride, int64_t n, int64_t
 
 // whether a view holds all tokens in order, and nothing in it crosses from one token to the next
 bool llama_firstlayer_is_packed(const ggml_tensor * t, uint8_t axes, size_t stride, size_t offset, int64_t n_tokens);
+
+// Begin a graph anew, with the inputs of a context: they are set for every batch, so they must be allocated, even those that
+// nothing reads
+void llama_firstlayer_restart(ggml_context * ctx, ggml_cgraph * gf);
+
+// add a node of the graph as it was
+void llama_firstlayer_add_node(ggml_cgraph * gf, ggml_tensor * t);

@@ -171,14 +171,7 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         }
     }
 
-    ggml_graph_clear(gf);
-
-    // inputs are set for every batch, so they must be allocated, even those that nothing reads
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
-            ggml_build_forward_order(gf, t);
-        }
-    }
+    llama_firstlayer_restart(ctx, gf);
 
     // lookups come first: among nodes on a device, each would interrupt it
     for (ggml_tensor * t : affected) {
@@ -199,10 +192,6 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         if (get(t).kind != PURITY_IMPURE && !(t->flags & GGML_TENSOR_FLAG_OUTPUT)) {
             continue;
         }
-        if (t->flags & GGML_TENSOR_FLAG_COMPUTE) {
-            ggml_build_forward_expand(gf, t);
-        } else {
-            ggml_build_forward_order(gf, t);
-        }
+        llama_firstlayer_add_node(gf, t);
     }
 }
