@@ -70,9 +70,14 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
     if (!model) {
         throw std::runtime_error("llama.cpp cannot load the model");
     }
-    if (llama_model_has_encoder(model.get()) && (!embeds() || llama_model_has_decoder(model.get()))) {
-        throw std::runtime_error(
-            "a model with an encoder and a decoder, or with hidden states as input, cannot run on its own");
+    if (llama_model_has_encoder(model.get())) {
+        if (!embeds()) {
+            throw std::runtime_error("a model with an encoder has no next-token distribution of its own");
+        }
+        if (llama_model_has_decoder(model.get())) {
+            throw std::runtime_error(
+                "a model with an encoder and a decoder, or with hidden states as input, cannot run on its own");
+        }
     }
     if (an) {
         set_rows(an);
@@ -104,7 +109,7 @@ llama_firstlayer_run::llama_firstlayer_run(const char *                      pat
         throw std::runtime_error("llama.cpp cannot run this model on its own");
     }
     if (!embeds() && !ctx->get_gf_res_reserve()->get_logits()) {
-        throw std::runtime_error("the model gives no logits");
+        throw std::runtime_error("the model has no next-token distribution");
     }
     batch = llama_batch_init(n_batch, 0, 1);  // last: an exception after it would leak it
 }
