@@ -2,6 +2,7 @@
 
 import gguf_firstlayer.start  # noqa: F401 (first: it prepares the process for the other imports)
 from gguf_firstlayer.bench import Bench, bench
+from gguf_firstlayer.c_api import RowCache, row_cache
 from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.cost import Plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError
@@ -9,7 +10,6 @@ from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
 from gguf_firstlayer.plan import plan
 from gguf_firstlayer.revert import Reversion, revert
-from gguf_firstlayer.runtime import RowCache, row_cache
 from gguf_firstlayer.shape import Shape
 from gguf_firstlayer.verify import Verification, verify
 

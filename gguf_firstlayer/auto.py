@@ -13,10 +13,11 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import InMemoryDecoder
 from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, Site, library
+from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, progress
 

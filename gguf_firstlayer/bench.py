@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
+from gguf_firstlayer.c_api import RowCache
 from gguf_firstlayer.cost import bound, of_file
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
@@ -26,7 +27,7 @@ from gguf_firstlayer.output import check
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
-from gguf_firstlayer.runtime import Analysis, RowCache, Site
+from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, numbers, progress, size_text, to_json
 from gguf_firstlayer.timing import (

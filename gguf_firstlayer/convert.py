@@ -15,10 +15,11 @@ from typing import NamedTuple
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import auto, file_format
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.cost import CostModel, SitePlan, estimate, of_model
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
 from gguf_firstlayer.output import check, replacing
-from gguf_firstlayer.runtime import Analysis, analyse, library
+from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.selection import Growth, describe_price, read_growth, within
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import change_text, count, log, size_text, to_json
@@ -39,6 +40,7 @@ class Conversion:
         sites: with their places in the tables
         tables: those that were added
         elided: weights elided from the output
+        spares: names of weights that it keeps for images, audio or hidden states, and does not read for tokens
         fallbacks: names of sites whose table has another type than requested, whose blocks do not fit the site's width
         left_out: sites that max_growth left out
         measurement: measured effect of the tables, if their types were chosen by it
@@ -53,6 +55,7 @@ class Conversion:
     sites: list[file_format.StoredSite]
     tables: list[file_format.Table]
     elided: list[file_format.Elided]
+    spares: list[str]
     fallbacks: list[str]
     left_out: list[SitePlan]
     measurement: file_format.Measurement | None
@@ -82,7 +85,7 @@ def convert(
 
     Args:
         source: the model, which is not modified; of a split model, the first part
-        output: default: `x-flp.gguf` beside `x.gguf`; of a sidecar, `x.firstlayer.gguf`
+        output: default: `x-flp.gguf` beside `x.gguf`; of a sidecar, `x_firstlayer.gguf`
         type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest type
             that fits. "auto" measures, and takes the smallest types without a measurable effect
         max_kld: the most that "auto" may add to the mean KL divergence of the next-token distribution, in nats
@@ -106,7 +109,7 @@ def convert(
             raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
         costs = of_model(model, analysis)
         selection = _select(job, analysis, costs)
-        contents = lay_out(model, analysis, selection.types, costs.elided(list(selection.types)), keep_weights, sidecar)
+        contents = lay_out(model, analysis, selection.types, costs, keep_weights, sidecar)
         _check_room(job, costs, selection.types)
         with replacing(job.output) as temporary:
             write(temporary, analysis, contents, selection.measurement)
@@ -123,6 +126,7 @@ def convert(
         sites=contents.sites,
         tables=contents.tables,
         elided=contents.elided,
+        spares=contents.spares,
         fallbacks=[site.name for site, chosen in selection.types.items() if job.type not in (None, chosen)],
         left_out=selection.left_out,
         measurement=selection.measurement,
@@ -173,7 +177,7 @@ def _prepare(
         raise FirstLayerError(f"{model.path} is already converted; convert the original model")
     if not model.tensors:
         raise FirstLayerError(f"{model.path} holds only a vocabulary and no weights; give a model with weights")
-    default = f"{model.stem}.firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf"
+    default = f"{model.stem}_firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf"
     path = model.path.with_name(default) if output is None else Path(output)
     check(path, model.paths, force, parts=split_max_size is not None)
     return _Job(model, path, wanted, max_kld, growth, keep_weights, split_max_size, sidecar)
@@ -259,9 +263,11 @@ def summary(result: Conversion) -> str:
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
     verb = "comes" if len(result.sites) == 1 else "come"
     listed = ", ".join([*(weight.name for weight in result.elided[:LISTED]), *["..."][: len(result.elided) > LISTED]])
+    kept = "vectors as input need them" if result.spares else option("keep_weights", True)
     lines = [
         f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
-        f"{what}: {count(len(result.elided), 'weight')}, {size_text(elided)} ({listed or option('keep_weights', True)})",
+        f"{what}: {count(len(result.elided), 'weight')}, {size_text(elided)} ({listed or kept})",
+        *([f"read only for images, audio or hidden states: {count(len(result.spares), 'weight')}"] if result.spares else []),
         *(f"{name}: {types[name]}, as the blocks of the requested type do not divide its width" for name in result.fallbacks),
         *(f"left out by {option('max_growth')}: {describe_price(site)}" for site in result.left_out),
         *auto.describe(types, result.measurement, result.unmeasured),
@@ -289,7 +295,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)  # from versions that asked before writing
     parser.add_argument("--keep-weights", action="store_true", help="elide nothing, for LoRA on layer 0, image or audio input")
     parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of at most this size, as llama-gguf-split does")
-    parser.add_argument("--sidecar", action="store_true", help="write only the tables, to IN.firstlayer.gguf, for use with IN")
+    parser.add_argument("--sidecar", action="store_true", help="write only the tables, to IN_firstlayer.gguf, for use with IN")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

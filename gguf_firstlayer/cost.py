@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from gguf_firstlayer import file_format
 from gguf_firstlayer.demand import DemandPlan, demand_plan
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.runtime import Analysis, Site, Use
+from gguf_firstlayer.runtime import Analysis, Site, Use, find_spares
 from gguf_firstlayer.source import Source, without_data
 
 BATCHES = (1, 16, 256, 1024)
@@ -70,8 +70,9 @@ class CostModel:
         weights: all weights of the model, by name
         sites: in the order of the graph
         uses: what the graph reads of the weights
-        elidable: names of weights that nothing reads once all sites come from tables
+        elidable: names of weights that no graph of tokens reads once all sites come from tables
         blocker: why there is no site; "" otherwise
+        spares: those among the elidable ones that images, audio or hidden states need
     """
 
     name: str
@@ -84,6 +85,7 @@ class CostModel:
     uses: tuple[Use, ...]
     elidable: tuple[str, ...]
     blocker: str = ""
+    spares: tuple[str, ...] = ()
 
     def replaced(self, sites: Sequence[Site]) -> list[Use]:
         """The uses that disappear if these sites come from tables."""
@@ -92,6 +94,10 @@ class CostModel:
 
     def elided(self, sites: Sequence[Site]) -> list[str]:
         """The weights that nothing reads if these sites come from tables."""
+        return [name for name in self.unread(sites) if name not in self.spares]
+
+    def unread(self, sites: Sequence[Site]) -> list[str]:
+        """The same with the spares, which are mapped, but not read, while there are only tokens."""
         needed = {name for site in self.sites if site not in sites for name in site.weights}
         return [name for name in self.elidable if name not in needed]
 
@@ -241,6 +247,7 @@ def of_model(source: Source, analysis: Analysis) -> CostModel:
         analysis.uses,
         analysis.elidable,
         analysis.blocker,
+        analysis.spares,
     )
 
 
@@ -254,18 +261,28 @@ def of_file(path: Path, for_cache: bool = False) -> CostModel:
     Raises:
         FirstLayerError: the file cannot be read or is already converted, or llama.cpp cannot load it.
     """
-    return isolated(partial(_read, (for_cache,)), path)[0]
+    return _with_spares(path, *isolated(partial(_read, (for_cache,)), path))[0]
 
 
 def both_of_file(path: Path) -> tuple[CostModel, CostModel]:
     """The cost models of a GGUF file with the sites of tables, and with those of a row cache, as `of_file`."""
     tables, cache = isolated(partial(_read, (False, True)), path)
+    (tables,) = _with_spares(path, tables)
     return tables, cache
 
 
 def all_of_file(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
     """The same, and the plan of demand, for which llama.cpp builds graphs that it may never have built for such a model."""
-    return isolated(_read_all, path)
+    tables, cache, demand = isolated(_read_all, path)
+    (tables,) = _with_spares(path, tables)
+    return tables, cache, demand
+
+
+def _with_spares(path: Path, *models: CostModel) -> list[CostModel]:
+    """Cost models of a file with their spares, for which llama.cpp builds a graph that not every architecture has."""
+    with without_data(path) as whole:
+        spares = find_spares(whole) or ()
+    return [replace(model, spares=spares) for model in models]
 
 
 def _read_all(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
@@ -300,6 +317,7 @@ def estimate(
     tables, _ = file_format.layout(sites, site_types, model.n_vocab)
     replaced = model.replaced(sites)
     elided = [] if keep_weights else model.elided(sites)
+    unread = [] if keep_weights else model.unread(sites)
     eliminated = [model.weights[name] for name in elided]
     lookup_tables = {use.weight for use in model.uses if use.is_lookup}
 
@@ -349,8 +367,8 @@ def estimate(
         file_change=table_bytes - bytes_eliminated,
         # only rows of lookup tables were in memory
         resident_change=round(_touched(tables))
-        - sum(model.weights[name].bytes for name in elided if name not in lookup_tables),
-        accelerator_change=-sum(model.weights[name].bytes for name in elided if name not in lookup_tables),
+        - sum(model.weights[name].bytes for name in unread if name not in lookup_tables),
+        accelerator_change=-sum(model.weights[name].bytes for name in unread if name not in lookup_tables),
         decode_bytes_without=decode,
         decode_bytes_with=decode_with,
         decode_bound=decode / decode_with if sites else 1.0,

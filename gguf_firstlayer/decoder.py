@@ -11,9 +11,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gguf_firstlayer.c_api import RowCache, library, undisturbed
 from gguf_firstlayer.demand import pooling_number
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Analysis, RowCache, library, undisturbed
+from gguf_firstlayer.runtime import Analysis
 
 Self = TypeVar("Self", bound="Decoder")
 

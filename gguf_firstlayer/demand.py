@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
-from gguf_firstlayer.runtime import library
 from gguf_firstlayer.source import Source
 
 # what is read, as llama.cpp's option --demand takes it: rows of the last layers that outputs need; these, and no logits beside

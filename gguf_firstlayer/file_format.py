@@ -215,6 +215,7 @@ def padded(width: int) -> int:
 def metadata(
     sites: Sequence[StoredSite],
     elided: Sequence[Elided],
+    spares: Sequence[str] = (),
     measurement: Measurement | None = None,
     origin: Origin | None = None,
     samples: Mapping[str, bytes] | None = None,
@@ -224,6 +225,7 @@ def metadata(
     Args:
         sites: of the file
         elided: weights elided from it
+        spares: names of weights that only batches of embeddings read
         measurement: by which the types were chosen
         origin: for a file that replaces its source
         samples: for a sidecar: bytes of the source's weights, by name
@@ -248,6 +250,8 @@ def metadata(
             array("elided.type", (int(weight.type) for weight in elided), GGUFValueType.UINT32),
             array("elided.dimension", (size for shape in padded for size in shape), GGUFValueType.INT64),
         ]
+    if spares:
+        keys.append(array("spare.name", spares, GGUFValueType.STRING))
     if measurement:
         keys += [
             (f"firstlayer.measured.{name}", value, GGUFValueType.UINT32 if name == "tokens" else GGUFValueType.FLOAT32, None)
@@ -270,6 +274,12 @@ def metadata(
 def is_sidecar(source: Source) -> bool:
     """Whether a file holds tables for a model in another file."""
     return source.get_field(KEY_SAMPLE) is not None
+
+
+def read_spares(source: Source) -> list[str]:
+    """Names of the weights in a converted file that only batches of embeddings read."""
+    field = source.get_field("firstlayer.spare.name")
+    return [str(name) for name in field.contents()] if field else []
 
 
 def read_origin(source: Source) -> Origin | None:

@@ -25,6 +25,7 @@ class Inspection:
         sites: `file_format.StoredSite` in a converted file, `runtime.Site` in a plain model
         tables: tables of a converted file
         elided: weights elided from a converted file
+        spares: names of weights that images, audio or hidden states need, and tokens do not once there are tables
         measurement: the one by which the types of the tables were chosen, if any
         elidable: weights that a conversion of a plain model would elide
         blocker: why a plain model has no site; "" otherwise
@@ -38,6 +39,7 @@ class Inspection:
     sites: list[file_format.StoredSite] | list[Site]
     tables: list[file_format.Table]
     elided: list[file_format.Elided]
+    spares: list[str]
     measurement: file_format.Measurement | None
     elidable: list[str]
     blocker: str
@@ -54,12 +56,13 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     architecture, file_bytes = source.architecture, source.bytes
     sites, tables, elided = file_format.read(source)
     if sites:
+        spares = file_format.read_spares(source)
         sidecar, measurement = file_format.is_sidecar(source), file_format.read_measurement(source)
-        return Inspection(path, architecture, file_bytes, True, sidecar, sites, tables, elided, measurement, [], "")
+        return Inspection(path, architecture, file_bytes, True, sidecar, sites, tables, elided, spares, measurement, [], "")
     with analyse(path) as analysis:
         return Inspection(
-            path, architecture, file_bytes, False, False, list(analysis.sites), [], [], None, list(analysis.elidable),
-            analysis.blocker,
+            path, architecture, file_bytes, False, False, list(analysis.sites), [], [], list(analysis.spares), None,
+            [name for name in analysis.elidable if name not in analysis.spares], analysis.blocker,
         )  # fmt: skip
 
 
@@ -89,6 +92,8 @@ def text(result: Inspection) -> str:
     for weight in result.elided:
         shape = "x".join(str(size) for size in weight.shape).removesuffix("x1").removesuffix("x1").removesuffix("x1")
         lines.append(f"elided {weight.name}: {weight.type.name.lower()} [{shape}], {size_text(weight.bytes)}")
+    for name in result.spares:
+        lines.append(f"not read for tokens: {name}" if result.converted else f"would not be read for tokens: {name}")
     for name in result.elidable:
         lines.append(f"would be elided: {name}")
     return "\n".join(lines)

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.auto import round_trip
-from gguf_firstlayer.runtime import Analysis, Site, library
+from gguf_firstlayer.c_api import library
+from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 
 N_ROWS = 64

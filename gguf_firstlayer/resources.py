@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from gguf_firstlayer import file_format
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.pair import Files
-from gguf_firstlayer.runtime import library
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 from gguf_firstlayer.timing import Tokens, forget

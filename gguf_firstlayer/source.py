@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
+from gguf_firstlayer.c_api import Extent, library
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.runtime import Extent, library
 
 # bytes of a file that are hashed at once: Ctrl-C takes effect only in between
 _HASHED = 64 << 20

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.auto import sample_tokens
+from gguf_firstlayer.c_api import RowCache
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.recompute import added, check_rows, foreign
-from gguf_firstlayer.runtime import Analysis, RowCache, analyse
+from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
 from gguf_firstlayer.text import count, log, to_json
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -13,10 +12,11 @@ import numpy as np
 from gguf import GGUFWriter, ReaderTensor
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.cost import SiteTypes
+from gguf_firstlayer.c_api import library
+from gguf_firstlayer.cost import CostModel, SiteTypes
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.installation import paths
-from gguf_firstlayer.runtime import Analysis, library
+from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 
@@ -33,6 +33,7 @@ class Contents:
         sites: with their places in the tables
         tables: those that are added
         elided: weights elided from it
+        spares: names of weights that it keeps for batches of embeddings only
         kept: tensors of the source that are copied
         is_sidecar: whether it holds only tables
     """
@@ -41,12 +42,13 @@ class Contents:
     sites: list[file_format.StoredSite]
     tables: list[file_format.Table]
     elided: list[file_format.Elided]
+    spares: list[str]
     kept: list[ReaderTensor]
     is_sidecar: bool
 
 
 def lay_out(
-    model: Source, analysis: Analysis, types: SiteTypes, elided: Iterable[str], keep_weights: bool, sidecar: bool
+    model: Source, analysis: Analysis, types: SiteTypes, costs: CostModel, keep_weights: bool, sidecar: bool
 ) -> Contents:
     """Decide where each site is stored, and which tensors of the source are kept."""
     tables, placed = file_format.layout(list(types), types, analysis.n_vocab)
@@ -55,7 +57,10 @@ def lay_out(
         file_format.StoredSite(site.name, site.recipe, site.width, table, column, fingerprints[site.recipe])
         for site, table, column in placed
     ]
-    dropped = set() if keep_weights else set(elided)
+    # beside a sidecar, the source has all weights
+    unread = [] if keep_weights else costs.unread(list(types))
+    spares = [] if sidecar else [name for name in unread if name in costs.spares]
+    dropped = set(unread) - set(spares)
     tensors = model.tensors.values()
     left_out = [
         file_format.Elided(t.name, t.tensor_type, tuple(int(size) for size in t.shape), t.n_bytes)
@@ -63,7 +68,7 @@ def lay_out(
         if t.name in dropped
     ]
     kept = [] if sidecar else [tensor for tensor in tensors if tensor.name not in dropped]
-    return Contents(model, sites, tables, left_out, kept, sidecar)
+    return Contents(model, sites, tables, left_out, spares, kept, sidecar)
 
 
 def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_format.Measurement | None) -> None:
@@ -75,7 +80,7 @@ def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_
         samples = _samples(contents, analysis)
     elif len(model.parts) == 1:
         origin = file_format.Origin(model.bytes, model.sha256(), model.header())
-    for key in file_format.metadata(contents.sites, contents.elided, measurement, origin, samples):
+    for key in file_format.metadata(contents.sites, contents.elided, contents.spares, measurement, origin, samples):
         writer.add_key_value(*key)
     for tensor in contents.kept:
         writer.add_tensor_info(

@@ -15,8 +15,9 @@ from support.command_line import cli
 from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError, inspect, paths
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import fitting, layout
-from gguf_firstlayer.runtime import Analysis, library
+from gguf_firstlayer.runtime import Analysis
 
 
 def raw(reader: GGUFReader) -> dict[str, bytes]:

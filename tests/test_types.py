@@ -18,8 +18,9 @@ from support.figures import divergence, log_softmax
 from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError, auto, inspect
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import TYPES, fitting
-from gguf_firstlayer.runtime import Analysis, library
+from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source
 
 

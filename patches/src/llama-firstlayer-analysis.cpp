@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -221,6 +222,44 @@ void llama_firstlayer_analysis::collect_elidable() {
     std::set_difference(before.begin(), before.end(), after.begin(), after.end(), std::back_inserter(elidable));
 }
 
+// whether two graphs compute the same in the same order; which branch of a selection is computed makes no difference
+static bool is_written_alike(ggml_cgraph * a, ggml_cgraph * b) {
+    const auto is_alike = [](const ggml_tensor * s, const ggml_tensor * t) {
+        return s->op == t->op && s->type == t->type && ggml_are_same_shape(s, t) &&
+               memcmp(s->op_params, t->op_params, sizeof(s->op_params)) == 0;
+    };
+    return std::equal(ggml_graph_nodes(a), ggml_graph_nodes(a) + ggml_graph_n_nodes(a), ggml_graph_nodes(b),
+                      ggml_graph_nodes(b) + ggml_graph_n_nodes(b), is_alike);
+}
+
+void llama_firstlayer_analysis::find_spares() {
+    llm_graph_result      res(builder->ctx->graph_max_nodes(n_batch));
+    std::set<std::string> read;
+    ggml_cgraph *         of_tokens = nullptr;
+
+    model->firstlayer->observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        if (params.ubatch.embd) {
+            if (model->hparams.n_pos_per_embd() > 1 || !is_written_alike(of_tokens, params.res->get_gf())) {
+                read.merge(names(walk.live({})));
+            }
+            return;
+        }
+        static float     vectors  = 0.0f;  // which nobody reads
+        llm_graph_params embedded = params;
+        embedded.ubatch.token     = nullptr;
+        embedded.ubatch.embd      = &vectors;
+        embedded.res              = &res;
+        of_tokens                 = params.res->get_gf();
+        res.reset();
+        model->build_graph(embedded);
+    };
+    builder->build(n_batch, n_batch);
+
+    spares.clear();
+    std::copy_if(elidable.begin(), elidable.end(), std::back_inserter(spares),
+                 [&](const std::string & name) { return read.count(name); });
+}
+
 llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
                                                   int32_t      n_batch,
                                                   int32_t      n_threads,
@@ -347,6 +386,19 @@ int32_t llama_firstlayer_get_use(const llama_firstlayer_analysis * an, int32_t i
 
 const char * llama_firstlayer_get_elidable(const llama_firstlayer_analysis * an, int32_t i) {
     return get_name(an->elidable, i);
+}
+
+int32_t llama_firstlayer_find_spares(llama_firstlayer_analysis * an) {
+    return llama_firstlayer_guarded(
+        [&] {
+            an->find_spares();
+            return (int32_t) an->spares.size();
+        },
+        -1);
+}
+
+const char * llama_firstlayer_get_spare(const llama_firstlayer_analysis * an, int32_t i) {
+    return get_name(an->spares, i);
 }
 
 const char * llama_firstlayer_get_blocker(const llama_firstlayer_analysis * an) {

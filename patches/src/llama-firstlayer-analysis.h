@@ -30,6 +30,9 @@ struct llama_firstlayer_analysis {
                               bool         load_vocab,
                               bool         for_cache);
 
+    // see llama_firstlayer_find_spares
+    void find_spares();
+
     void eval(const llama_token * tokens, int32_t n_tokens, float * rows);
 
     llama_model_ptr                           model;
@@ -46,6 +49,7 @@ struct llama_firstlayer_analysis {
     std::vector<site>        sites;
     std::vector<use>         uses;
     std::vector<std::string> elidable;
+    std::vector<std::string> spares;
     std::string              blocker;
 
   private:

@@ -19,6 +19,7 @@ static const char * const KV_SITE_WIDTH       = "firstlayer.site.width";
 static const char * const KV_ELIDED_NAME      = "firstlayer.elided.name";
 static const char * const KV_ELIDED_TYPE      = "firstlayer.elided.type";
 static const char * const KV_ELIDED_DIMENSION = "firstlayer.elided.dimension";
+static const char * const KV_SPARE_NAME       = "firstlayer.spare.name";
 static const char * const KV_SOURCE_NAME      = "firstlayer.source.name";
 static const char * const KV_SOURCE_SAMPLE    = "firstlayer.source.sample";
 
@@ -99,18 +100,30 @@ static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
     return true;
 }
 
+// The path of the sidecar that the user named, "" if there is none. An override holds 127 bytes, so a long path comes in several.
+static std::string requested_tables(const llama_model_loader & ml) {
+    std::string res = path_tables;
+    std::string key = KV_FILE;
+    for (int i = 1; path_tables.empty(); ++i) {
+        const auto it = ml.kv_overrides.find(key);
+        if (it == ml.kv_overrides.end()) {
+            break;
+        }
+        if (it->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
+            throw std::runtime_error(format("override '%s' must be a string: the path of a sidecar", key.c_str()));
+        }
+        res += it->second.val_str;
+        key = format("%s.%d", KV_FILE, i);
+    }
+    return res;
+}
+
 // The metadata of the sidecar that the user named; its tensors become tensors of the model, like those of a split file.
 // nullptr if none was named, or if it belongs to another model: a draft model is loaded with the overrides of its target
 static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
-    const char * path     = path_tables.empty() ? nullptr : path_tables.c_str();
-    const auto   override = ml.kv_overrides.find(KV_FILE);
-    if (!path && override != ml.kv_overrides.end()) {
-        if (override->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
-            throw std::runtime_error(format("override '%s' must be a string: the path of a sidecar", KV_FILE));
-        }
-        path = override->second.val_str;
-    }
-    if (!path || !*path) {
+    const std::string tables = requested_tables(ml);
+    const char *      path   = tables.c_str();
+    if (tables.empty()) {
         return nullptr;
     }
 
@@ -177,8 +190,12 @@ static std::string requested_demand(const llama_model_loader & ml) {
     return res;
 }
 
+thread_local llama_firstlayer * llama_firstlayer::loading = nullptr;
+
 std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml, uint32_t n_vocab) {
-    auto       res            = std::make_unique<llama_firstlayer>();
+    auto res = std::make_unique<llama_firstlayer>();
+    loading  = res.get();
+
     const auto without_tables = [&] {
         return res->cache_bytes > 0 || res->demand_rows ? std::move(res) : nullptr;
     };
@@ -249,6 +266,12 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
                                column[i], width[i], false });
     }
 
+    size_t        n_spares = 0;
+    const int64_t id_spare = find_array(meta, KV_SPARE_NAME, GGUF_TYPE_STRING, n_spares, false);
+    for (size_t i = 0; i < n_spares; ++i) {
+        res->spares.insert(gguf_get_arr_str(meta, id_spare, i));
+    }
+
     size_t        n_elided  = 0;
     const int64_t id_elided = find_array(meta, KV_ELIDED_NAME, GGUF_TYPE_STRING, n_elided, false);
     if (id_elided < 0) {
@@ -290,7 +313,9 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
                 "weight '%s' is missing or differs in type or shape: load the model that the tables were computed from",
                 name.c_str()));
         }
-        if (!sidecar) {
+        if (sidecar) {
+            res->spares.insert(name);
+        } else {
             // the loader looks up shapes and types in several ways, so its map has phantoms too; their offs is never used
             auto weight   = ml.weights_map.begin()->second;
             weight.tensor = t;
@@ -298,35 +323,50 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
                 throw std::runtime_error(format("weight '%s' is in the file, but is said to be elided", name.c_str()));
             }
             ml.n_tensors++;
+            res->phantoms[name] = t;
         }
-        res->phantoms[name] = t;
     }
 
     return res;
 }
 
+bool llama_firstlayer::decides(llama_model_loader & ml, const ggml_tensor & meta, bool & is_lazy) {
+    const std::string name = ggml_get_name(&meta);
+    if (!loading || (!loading->elides(name) && !(loading->lazy && loading->spares.count(name)))) {
+        return false;
+    }
+    if (!loading->elides(name)) {
+        const llama_lazy_mode mode = ml.lazy.mode;
+
+        ml.lazy.mode = LLAMA_LAZY_MODE_ON;
+        is_lazy      = ml.lazy.add(name, &meta, ml.no_alloc ? nullptr : &ml.require_weight(name.c_str()));
+        ml.lazy.mode = mode;
+    }
+    return true;
+}
+
 ggml_tensor * llama_firstlayer::phantom(llama_model_loader & ml, const ggml_tensor & meta) {
-    const auto it = phantoms.find(ggml_get_name(&meta));
-    if (it == phantoms.end()) {
+    if (!loading || !loading->elides(ggml_get_name(&meta))) {
         return nullptr;
     }
+    ggml_tensor * res = loading->phantoms.at(ggml_get_name(&meta));
 
     // the shape may differ from the one in the file, see TENSOR_ALLOW_RESHAPE
-    std::copy_n(meta.ne, GGML_MAX_DIMS, it->second->ne);
-    std::copy_n(meta.nb, GGML_MAX_DIMS, it->second->nb);
+    std::copy_n(meta.ne, GGML_MAX_DIMS, res->ne);
+    std::copy_n(meta.nb, GGML_MAX_DIMS, res->nb);
 
     ml.n_created++;
     ml.size_data -= ggml_nbytes(&meta);
 
-    return it->second;
+    return res;
 }
 
-void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loader & ml) {
-    // By default llama.cpp reads nothing below 4 GiB lazily. A text touches few rows, so that would waste memory
+void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loader & ml, llama_lazy_mode requested) {
+    // By default llama.cpp reads nothing below 4 GiB lazily, and nothing at all beside a device that cannot map memory. A text
+    // touches few rows, and those are in host memory, so that would waste memory.
     const llama_lazy_mode mode = ml.lazy.mode;
-    if (mode == LLAMA_LAZY_MODE_AUTO) {
-        ml.lazy.mode = LLAMA_LAZY_MODE_ON;
-    }
+    lazy                       = requested != LLAMA_LAZY_MODE_OFF;
+    ml.lazy.mode               = lazy ? LLAMA_LAZY_MODE_ON : LLAMA_LAZY_MODE_OFF;
     for (auto & table : tables) {
         const auto          tn   = LLM_TN(model.arch)(LLM_TENSOR_FIRSTLAYER, table.suffix.c_str());
         const ggml_tensor * meta = ml.require_tensor_meta(tn.str());
@@ -340,13 +380,7 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
         ml.n_elements -= is_sidecar ? 0 : ggml_nelements(meta);
     }
     for (const auto & [_, t] : phantoms) {
-        ml.n_elements += is_sidecar ? 0 : ggml_nelements(t);
-    }
-    if (is_sidecar && !ml.no_alloc) {
-        // weights that are mapped lazily and never read take no memory
-        for (const auto & [name, t] : phantoms) {
-            ml.lazy.add(name, t, &ml.require_weight(name.c_str()));
-        }
+        ml.n_elements += ggml_nelements(t);
     }
     ml.lazy.mode = mode;
 }

@@ -1,3 +1,4 @@
+#include "llama-firstlayer-gather.h"
 #include "llama-firstlayer-walk.h"
 
 #include <algorithm>
@@ -179,11 +180,11 @@ void llama_firstlayer_walk::replace(ggml_context *                              
             continue;
         }
         const auto it = row_refs.find(t);
-        if (it != row_refs.end()) {
-            ggml_tensor * rows = it->second.rows;
-            ggml_build_forward_expand(gf, rows->op == GGML_OP_CONT ? rows->src[0] : rows);
-        } else if (get(t).kind == PURITY_PURE && t->op == GGML_OP_GET_ROWS) {
-            ggml_build_forward_expand(gf, t);
+        if (it != row_refs.end() || get(t).kind == PURITY_PURE) {
+            ggml_tensor * lookup = llama_firstlayer_gathered(it != row_refs.end() ? it->second.rows : t);
+            if (lookup) {
+                ggml_build_forward_expand(gf, lookup);
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 #include "llama-cpp.h"
 #include "llama-firstlayer-cache.h"
 #include "llama-firstlayer-demand.h"
+#include "llama-firstlayer-gather.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -14,7 +15,11 @@
 
 llama_firstlayer::llama_firstlayer() : demand_kinds(std::make_unique<llama_firstlayer_demand_kinds>()) {}
 
-llama_firstlayer::~llama_firstlayer() = default;
+llama_firstlayer::~llama_firstlayer() {
+    if (loading == this) {
+        loading = nullptr;
+    }
+}
 
 //
 // run time
@@ -30,6 +35,7 @@ void llama_firstlayer::set_weights(const llama_model & model) {
 }
 
 void llama_firstlayer::check(llama_model_base & model) {
+    loading = nullptr;
     if (cache_bytes > 0) {
         create_cache(model);
         return;
@@ -41,7 +47,7 @@ void llama_firstlayer::check(llama_model_base & model) {
 
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         // the rows are on the host, and their copies on the devices are not split like the KV cache
-        if (!phantoms.empty()) {
+        if (!phantoms.empty() || !spares.empty()) {
             throw std::runtime_error(
                 "tables cannot be used with split mode 'tensor': choose another one, or convert the "
                 "model again with --keep-weights");
@@ -57,9 +63,13 @@ void llama_firstlayer::check(llama_model_base & model) {
     params.n_ubatch             = 32;
     params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
 
-    checking = true;
+    // only graphs are built: no KV cache is allocated, and no compute buffers
+    const bool no_alloc    = model.hparams.no_alloc;
+    model.hparams.no_alloc = true;
+    checking               = true;
     const llama_context_ptr ctx(llama_init_from_model(&model, params));
-    checking = false;
+    checking               = false;
+    model.hparams.no_alloc = no_alloc;
     res_encoder.reset();
 
     if (!ctx && !problem.empty()) {
@@ -97,9 +107,11 @@ void llama_firstlayer::check(llama_model_base & model) {
     }
 }
 
-bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) const {
-    const bool is_embedding = model.tok_embd && strcmp(ggml_get_name(model.tok_embd), name) == 0;
-    if (!elides(name) && !(is_embedding && !phantoms.empty())) {
+bool llama_firstlayer::can_adapt(const char * name) const {
+    const auto is_it = [&](const ggml_tensor * t) {
+        return strcmp(ggml_get_name(t), name) == 0;
+    };
+    if (phantoms.empty() || (!elides(name) && std::none_of(sources.begin(), sources.end(), is_it))) {
         return true;
     }
     LLAMA_LOG_ERROR(
@@ -109,11 +121,31 @@ bool llama_firstlayer::can_adapt(const char * name, const llama_model & model) c
     return false;
 }
 
-// has no tensor in the graph: it prefetches the rows of each batch's tokens before they are looked up
+bool llama_firstlayer::can_save() const {
+    if (phantoms.empty()) {
+        return true;
+    }
+    LLAMA_LOG_ERROR(
+        "%s: weight '%s' was replaced by a table, so the model cannot be saved: load the model it was converted from\n",
+        __func__, phantoms.begin()->first.c_str());
+    return false;
+}
+
+bool llama_firstlayer::is_trained() const {
+    return std::any_of(sources.begin(), sources.end(),
+                       [](const ggml_tensor * t) { return t->flags & GGML_TENSOR_FLAG_PARAM; });
+}
+
+// has no tensor in the graph: it prefetches the rows of each batch's tokens before they are looked up, where they are mapped
 struct llm_graph_input_firstlayer : llm_graph_input_i {
-    explicit llm_graph_input_firstlayer(llama_firstlayer::table & table) : table(table) {}
+    llm_graph_input_firstlayer(const llama_firstlayer & owner, llama_firstlayer::table & table) :
+        owner(owner),
+        table(table) {}
 
     void set_input(const llama_ubatch * ubatch) override {
+        if (!table.fetched) {
+            return;
+        }
         // each row only once: a prefetch costs a system call, and pages that were read are likely to stay in memory
         std::vector<int32_t> rows;
         for (uint32_t i = 0; ubatch->token && i < ubatch->n_tokens; ++i) {
@@ -124,8 +156,9 @@ struct llm_graph_input_firstlayer : llm_graph_input_i {
         llama_prefetch_rows(table.tensor, rows.data(), rows.size());
     }
 
-    bool can_reuse(const llm_graph_params &) override { return true; }
+    bool can_reuse(const llm_graph_params &) override { return !owner.is_trained(); }
 
+    const llama_firstlayer &  owner;
     llama_firstlayer::table & table;
 };
 
@@ -137,19 +170,12 @@ ggml_tensor * llama_firstlayer::look_up(const llama_model &      model,
         return constants[i];
     }
 
-    ggml_context * ctx   = params.res->get_ctx();
-    ggml_tensor *  table = tables[i].tensor;
-    ggml_tensor *  rows  = ggml_get_rows(ctx, table, index);
-    ggml_format_name(rows, "firstlayer.%u", i);
-    if (model.can_prefetch.count(table)) {
-        params.res->add_input(std::make_unique<llm_graph_input_firstlayer>(tables[i]));
-    }
-
-    const bool offloaded = ggml_backend_dev_type(model.dev_layer(0)) != GGML_BACKEND_DEVICE_TYPE_CPU;
-    if (offloaded && table->buffer && ggml_backend_buffer_is_host(table->buffer)) {
-        // otherwise the scheduler would copy each view of the rows to the device separately
-        rows = ggml_cont(ctx, rows);
-        ggml_format_name(rows, "firstlayer.%u (device)", i);
+    ggml_tensor * table = tables[i].tensor;
+    ggml_tensor * rows  = llama_firstlayer_gather(params.res->get_ctx(), table, index, model.dev_layer(0));
+    ggml_format_name(rows, "firstlayer.%u (device)", i);
+    ggml_format_name(llama_firstlayer_gathered(rows), "firstlayer.%u", i);
+    if (!cache) {
+        params.res->add_input(std::make_unique<llm_graph_input_firstlayer>(*this, tables[i]));
     }
     return rows;
 }
@@ -213,6 +239,17 @@ void llama_firstlayer::rewrite(const llama_model &           model,
         row_refs[t] = { rows[site.table], site.column * sizeof(float) };
         if (checking) {
             site.used = true;
+            for (const ggml_tensor * from : walk.ancestors(t)) {
+                if (weights.count(from)) {
+                    sources.insert(from);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * t = ggml_graph_node(gf, i);
+        if (t->op == GGML_OP_GET_ROWS && weights.count(t->src[0]) && (t->src[1]->flags & GGML_TENSOR_FLAG_INPUT)) {
+            llama_firstlayer_gather_in_place(ctx, t, model.dev_layer(0));
         }
     }
     walk.replace(ctx, gf, row_refs);
@@ -271,6 +308,14 @@ ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_gr
 
     if (!observe && phantoms.empty() && (sites.empty() || (cache && !cache->serves(model, params)))) {
         return gf;
+    }
+    if (!observe && is_trained()) {
+        if (phantoms.empty()) {
+            return gf;
+        }
+        if (!told_training.exchange(true)) {
+            LLAMA_LOG_WARN("%s: weights that were replaced by tables are not trained\n", __func__);
+        }
     }
 
     if ((checking || observe) && params.gtype != LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model)) {

@@ -73,6 +73,14 @@ LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_first
 // Names of the weights that no graph of the model reads if all sites come from tables, NULL past the last
 LLAMA_API const char * llama_firstlayer_get_elidable(const struct llama_firstlayer_analysis * an, int32_t i);
 
+// Find the weights among these that batches of embeddings read in a model that is made for such batches: images, audio, hidden
+// states. Its graph for them is then written otherwise than the one for tokens, or its positions have several axes. Returns their
+// number. Some architectures have no such graph, and abort the process.
+LLAMA_API int32_t llama_firstlayer_find_spares(struct llama_firstlayer_analysis * an);
+
+// Names of these, NULL past the last
+LLAMA_API const char * llama_firstlayer_get_spare(const struct llama_firstlayer_analysis * an, int32_t i);
+
 // What the model's graph reads; nothing if there is no site. For a model with an encoder and a decoder: the decoder's graph
 LLAMA_API int32_t llama_firstlayer_n_uses(const struct llama_firstlayer_analysis * an);
 
@@ -99,7 +107,7 @@ LLAMA_API int32_t llama_firstlayer_eval(struct llama_firstlayer_analysis * an,
 
 // Set the file, written by convert --sidecar, with the tables for the models that this thread loads from now on; NULL for
 // none. Models that the tables do not belong to are loaded without them. The string override "firstlayer.file" does the
-// same for a single model
+// same for a single model; a long path goes on in "firstlayer.file.1", "firstlayer.file.2" and so on
 LLAMA_API void llama_firstlayer_set_tables(const char * path);
 
 // MiB for the rows that models keep which this thread loads from now on, without tables; 0 for none, negative for "auto". The model
@@ -254,6 +262,9 @@ struct llama_firstlayer {
     llama_firstlayer();
     ~llama_firstlayer();
 
+    llama_firstlayer(const llama_firstlayer &)             = delete;
+    llama_firstlayer & operator=(const llama_firstlayer &) = delete;
+
     struct table {
         std::string   suffix;                          // of the tensor name "firstlayer.<suffix>"
         ggml_tensor * tensor;                          // [row width, n_vocab]
@@ -271,22 +282,28 @@ struct llama_firstlayer {
         bool used;  // by a graph built while loading
     };
 
-    // Read the `firstlayer.*` keys and announce the elided weights to the loader; nullptr if the file has no such keys.
-    // Throws std::runtime_error if they are malformed.
+    // Read the `firstlayer.*` keys and announce the elided weights to the loader; nullptr if the file has no such keys. Until
+    // check() has run, the result is `loading`. Throws std::runtime_error if they are malformed.
     static std::unique_ptr<llama_firstlayer> load(llama_model_loader & ml, uint32_t n_vocab);
 
     // number of bytes by which a sidecar recognizes a weight
     static constexpr size_t N_SAMPLE = 32;
 
-    bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
+    // of the model that this thread is loading, nullptr if there is none
+    static thread_local llama_firstlayer * loading;
 
-    // Whether adapters may use a weight; logs an error if not.
-    bool can_adapt(const char * name, const llama_model & model) const;
+    // Whether it is for `loading` to say how a weight is loaded: not at all if it is elided, mapped lazily in host memory if only
+    // batches of embeddings and graphs whose sites must be computed read it.
+    static bool decides(llama_model_loader & ml, const ggml_tensor & meta, bool & is_lazy);
 
     // a tensor of the given shape and type without data, nullptr if the weight is not elided
-    ggml_tensor * phantom(llama_model_loader & ml, const ggml_tensor & meta);
+    static ggml_tensor * phantom(llama_model_loader & ml, const ggml_tensor & meta);
 
-    void create_tables(llama_model_base & model, llama_model_loader & ml);
+    // Whether adapters may use a weight; logs an error if not.
+    bool can_adapt(const char * name) const;
+
+    // requested: what the user said; the loader's own mode may be another one
+    void create_tables(llama_model_base & model, llama_model_loader & ml, llama_lazy_mode requested);
 
     // Record the weights of the loaded model, to recognize them in graphs. Several threads may build graphs at once, so this
     // is not left to the first graph.
@@ -294,6 +311,12 @@ struct llama_firstlayer {
 
     // Build the graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
+
+    // Whether the loaded model can be written to a file; logs an error if not.
+    bool can_save() const;
+
+    // whether weights that sites are computed from are trained: then the sites are computed
+    bool is_trained() const;
 
     // Replace sites by table lookups, and leave out what nobody reads. Returns nullptr if the graph would read an elided weight.
     ggml_cgraph * apply(const llama_model & model, const llm_graph_params & params);
@@ -341,16 +364,22 @@ struct llama_firstlayer {
     // the tensor whose rows are those of table i for the tokens of the batch; index: which rows these are, I32 [n_tokens]
     ggml_tensor * look_up(const llama_model & model, const llm_graph_params & params, uint32_t i, ggml_tensor * index);
 
+    bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
+
     ggml_context_ptr                               ctx_phantom;
     ggml_context_ptr                               ctx_constants;
     ggml_backend_buffer_ptr                        buf_constants;
     std::vector<ggml_tensor *>                     constants;  // F32 [row width, n_tokens] for each table, if used
     std::unordered_map<std::string, ggml_tensor *> phantoms;
+    std::unordered_set<std::string>                spares;     // weights that are there, but not for tokens
     std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
+    std::unordered_set<const ggml_tensor *>        sources;    // those that sites are computed from
     std::string                                    problem;    // found by apply() while check() runs
     bool                                           checking   = false;
-    bool                                           is_sidecar = false;  // so phantoms have data, in the model's file
+    bool                                           is_sidecar = false;
+    bool                                           lazy       = false;  // tables and spares are mapped lazily
     std::unique_ptr<llm_graph_result>              res_encoder;         // the last encoder graph built here
+    std::atomic<bool>                              told_training = false;
 };
 
 #endif

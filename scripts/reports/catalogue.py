@@ -23,8 +23,8 @@ import llama_cpp
 import numpy as np
 from support.random_models import InitParams, Shape, Value, add_keys, fuse, ggml, name_and_shape
 
+from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import fitting
-from gguf_firstlayer.runtime import library
 
 Keys = dict[str, Value]
 

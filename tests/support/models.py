@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import gguf_firstlayer
 from gguf_firstlayer import Conversion
-from gguf_firstlayer.runtime import library
+from gguf_firstlayer.c_api import library
 from support.builds import ROOT, STOCK
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import llama_cpp
 import numpy as np
 
-from gguf_firstlayer.runtime import _CSite
+from gguf_firstlayer.c_api import CSite
 
 GGML_MAX_SRC = 10
 
@@ -318,7 +318,7 @@ def adapted(job):
 def uses(job):
     """What a loaded model reports about its sites: (name, width, table, column, used)."""
     model = Model(job["model"], **job.get("load", {}))
-    library, site, results = llama_cpp.llama_cpp._lib, _CSite(), []
+    library, site, results = llama_cpp.llama_cpp._lib, CSite(), []
     handle = ctypes.c_void_p(model.model)
     for i in range(library.llama_model_firstlayer_n_sites(handle)):
         assert library.llama_model_firstlayer_get_site(handle, i, ctypes.byref(site)) == 0
