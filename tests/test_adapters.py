@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from support.builds import PATCHED, Cached, compare, run
+from support.builds import PATCHED, STOCK, Cached, both, compare, run
 from support.models import convert, lora
 
 
@@ -87,6 +87,75 @@ def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
         converted = convert(source, tmp_path / "x.gguf", type="f32", keep_weights=True).output
     ((stock, ours),) = compare(source, converted, {"run": "session", "steps": STEPS})
     assert all(map(np.array_equal, stock, ours))
+
+
+@pytest.mark.parametrize("kind", ["converted", "sidecar", "row cache"])
+@pytest.mark.parametrize("name", ["gemma3-dense", "gemma4-dense", "qwen2vl-dense", "qwen3vl-dense", "qwen35-dense"])
+def test_images(name, kind, archs, tmp_path):
+    """Models that take images by design have what these need, without --keep-weights, and without loading it for tokens."""
+    source = archs / f"{name}.gguf"
+    load = {}
+    if kind == "row cache":
+        converted = Cached(source)
+    else:
+        result = convert(source, tmp_path / "x.gguf", type="f32", sidecar=kind == "sidecar")
+        assert result.spares or kind == "sidecar"
+        converted, load = (source, {"sidecar": str(result.output)}) if kind == "sidecar" else (result.output, {})
+    job = {"run": "session", "steps": STEPS}
+    (stock,), (ours,) = both(
+        lambda side: run(side[0], job | {"model": side[1], "load": side[2]}), (STOCK, source, {}), (PATCHED, converted, load)
+    )
+    assert all(map(np.array_equal, stock, ours))
+
+
+@pytest.mark.parametrize("kind", ["converted", "sidecar", "row cache"])
+def test_draft_from_hidden_states(kind, archs, tmp_path):
+    """A draft that is given its target's hidden states computes keys and values from them with weights of layer 0."""
+    source = archs / "dflash-dense.gguf"
+    result = convert(source, tmp_path / "x.gguf", type="f32", sidecar=kind == "sidecar")
+    models = {
+        "converted": (result.output, {}),
+        "sidecar": (source, {"sidecar": str(result.output)}),
+        "row cache": (Cached(source), {}),
+    }
+    model, load = models[kind]
+    job = {"run": "injection", "count": 6}
+    ((status, log),) = run(PATCHED, job | {"model": model, "load": load})
+    ((stock, _),) = run(STOCK, job | {"model": source})
+    assert status == stock == 0, log
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_saving(sidecar, smollm, smollm_flp, tmp_path):
+    """llama_model_save_to_file writes a model that has all its weights, and refuses one whose weights are gone."""
+    if sidecar:
+        tables = convert(smollm, tmp_path / "x.gguf", type="f32", sidecar=True).output
+        job = {"run": "saved", "tokens": [1, 2, 3]}
+        (stock,), (ours,) = both(
+            lambda side: run(side[0], job | {"model": smollm, "load": side[1]}),
+            (STOCK, {}),
+            (PATCHED, {"sidecar": str(tables)}),
+        )
+        assert stock == ours
+        return
+    (message,) = run(PATCHED, {"run": "refused_saving", "model": smollm_flp["f32"], "path": tmp_path / "saved.gguf"})
+    assert "was replaced by a table" in message
+    assert not (tmp_path / "saved.gguf").exists()
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_training(keep_weights, archs, tmp_path):
+    """Where layer 0's weights are there, training changes them, and rows computed before are no longer used; where they are
+    gone, that is said. Oracle: stock llama.cpp, which trains the source.
+    """
+    source = archs / "llama-dense.gguf"
+    converted = convert(source, tmp_path / "x.gguf", type="f32", keep_weights=keep_weights).output
+    job = {"run": "training", "tokens": {"count": 20, "seed": 1}}
+    ((stock, ours),) = compare(source, converted, job)
+    assert np.array_equal(stock[0], ours[0])
+    assert not np.array_equal(stock[0], stock[1])
+    assert np.array_equal(stock[1], ours[1]) == keep_weights
+    assert ("weights that were replaced by tables are not trained" in ours[2]) == (not keep_weights)
 
 
 def test_quantize_leaves_tables_alone(smollm, smollm_flp, tmp_path):

@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from architectures import distance
 from support.builds import PATCHED, ROOT, both, run
 from support.command_line import run_tool
 from support.models import convert
-from support.servers import free_port
+from support.rpc import counting_proxy, rpc_server
 
 from gguf_firstlayer.file_format import TYPES
 
@@ -27,30 +24,16 @@ from gguf_firstlayer.file_format import TYPES
 #
 
 
-@contextmanager
-def rpc_server() -> Iterator[str]:
-    """Address of an RPC server on the loopback device."""
-    port = free_port()
-    command = [PATCHED / "ggml-rpc-server", "-p", str(port), "-t", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(300):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.kill()
-
-
-def offloaded(model: Path, servers: str, *options: object) -> tuple[str, list[str]]:
-    """Greedy text with all layers on RPC servers, and the scheduler's log of the last graph."""
-    arguments = ["-m", model, "--rpc", servers, "-ngl", 99, "-t", 1, "-c", 512, "-no-cnv", "--temp", 0, "-n", 24]
-    environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
-    del environment["LLAMA_ARG_DEVICE"]
-    done = run_tool("llama-completion", *arguments, "-p", "Once upon a time", "-lv", 5, *options, env=environment)
+def offloaded(
+    model: Path, servers: str, *options: object, prompt: str = "Once upon a time", **environment: str
+) -> tuple[str, list[str]]:
+    """Greedy text with all layers on RPC servers, and the scheduler's log of the last graph. Tables are read lazily."""
+    arguments = ["-m", model, "--rpc", servers, "-ngl", 99, "-t", 1, "-c", 768, "-no-cnv", "--temp", 0, "-n", 24]
+    variables = os.environ | {"GGML_SCHED_DEBUG": "2"} | environment
+    del variables["LLAMA_ARG_DEVICE"]
+    done = run_tool("llama-completion", *arguments, "-p", prompt, "-lv", 5, *options, env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert ("lazy read enabled" in done.stderr) == ("firstlayer.0.table" in done.stderr)
     log = re.sub(r"\d+\.\d+\.\d+\.\d+ [A-Z] ", "", done.stderr)
     return done.stdout, log[log.rindex("## SPLIT #0") :].splitlines()
 
@@ -108,6 +91,43 @@ def test_rpc_with_demand(smollm):
     assert any("attn_norm-29" in line and "[RPC0" in line for line in selected), selected
     splits, source_splits = (sum(line.startswith("## SPLIT") for line in lines) for lines in (log, source_log))
     assert splits <= source_splits
+
+
+# bytes of a row of SmolLM2's tables, as they are stored or, where devices cannot turn a type into F32, as F32
+ROWS = {"q8_0": 960 // 32 * 34, "q4_0": 960 // 32 * 18, "f16": 960 * 2, "iq4_nl": 960 * 4}
+
+
+@pytest.mark.parametrize("n_predict", [1, 9], ids=["prompt", "decoding"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_bytes_to_a_device(kind, n_predict, smollm, tmp_path):
+    """What goes over the network for each token: the row of the tables and that of the embedding, both as stored. With Q8_0
+    tables, that is less than the embedding's row alone in the source, where it is F32.
+    """
+
+    def sent(model: Path) -> dict[str, float]:
+        with rpc_server() as server, counting_proxy(server) as (address, counted):
+            offloaded(model, address, "-n", n_predict, "--no-warmup", prompt=" once" * 512)
+        n_tokens = counted["inp_pos"] / 4
+        return {name: n_bytes / n_tokens for name, n_bytes in counted.items() if "embd" in name or "firstlayer" in name}
+
+    embedding = 576 // 32 * 34
+    ours = sent(convert(smollm, tmp_path / "flp.gguf", type=kind).output)
+    assert sum(ours.values()) == ROWS[kind] + embedding, ours
+    source = sent(smollm)
+    assert sum(source.values()) == 576 * 4, source
+    assert (sum(ours.values()) <= sum(source.values())) == (kind in ("q8_0", "q4_0"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="preloads a library")
+def test_device_that_cannot_map(smollm_flp, tmp_path):
+    """Beside it, llama.cpp reads nothing lazily; but tables are on the host. Fails if they are loaded whole."""
+    preloaded = tmp_path / "no_mapping.so"
+    include = f"-I{ROOT / 'build' / 'llama.cpp' / 'ggml' / 'include'}"
+    source = Path(__file__).with_name("support") / "no_mapping.cpp"
+    subprocess.run(["c++", "-shared", "-fPIC", include, source, "-o", preloaded], check=True)
+    with rpc_server() as address:
+        texts = [offloaded(smollm_flp["f32"], address, **more) for more in ({}, {"LD_PRELOAD": str(preloaded)})]
+    assert texts[0] == texts[1]
 
 
 @pytest.fixture(params=["patched", "vulkan"])

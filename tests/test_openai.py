@@ -42,7 +42,7 @@ def answers(client: openai.OpenAI) -> list[str]:
 def test_same_answers(how, smollm, smollm_flp, tmp_path):
     model = [smollm_flp["f32"]]
     if how == "sidecar":
-        model = [smollm, "--firstlayer", convert(smollm, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output]
+        model = [smollm, "--firstlayer", convert(smollm, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True).output]
     server = [sys.executable, "-m", "gguf_firstlayer", "run", "server", "-t", 1, "-c", 2048, "--no-webui"]
     with openai_client([*server, "-m", smollm]) as source, openai_client([*server, "-m", *model]) as converted:
         assert answers(converted) == answers(source)

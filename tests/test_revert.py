@@ -61,7 +61,7 @@ def test_bytes_outside_of_tensors(llama, tmp_path):
 
 def test_what_cannot_be_reverted(llama, tmp_path):
     assert "not converted" in refusal(cli("revert", llama))
-    sidecar = convert(llama, tmp_path / "x.firstlayer.gguf", sidecar=True).output
+    sidecar = convert(llama, tmp_path / "x_firstlayer.gguf", sidecar=True).output
     assert "was not changed" in refusal(cli("revert", sidecar))
     kept = convert(llama, tmp_path / "y.gguf", keep_weights=True).output
     assert "is an input" in refusal(cli("revert", kept, "-o", kept, "--force"))

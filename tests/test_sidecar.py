@@ -26,14 +26,14 @@ ARCHITECTURES = ["llama-dense", "gptneox-dense", "deepseek2-moe", "mamba-dense",
 
 @pytest.fixture(scope="module")
 def sidecar(smollm, tmp_path_factory) -> Path:
-    return convert(smollm, tmp_path_factory.mktemp("sidecar") / "smollm.firstlayer.gguf", type="f32", sidecar=True).output
+    return convert(smollm, tmp_path_factory.mktemp("sidecar") / "smollm_firstlayer.gguf", type="f32", sidecar=True).output
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("load_mode", [0, 1], ids=["read", "mmap"])
 def test_same_output_as_stock(name, load_mode, archs, tmp_path):
     """Fails if a table is looked for in the wrong file, or a weight that is not loaded is still read."""
-    result = convert(archs / f"{name}.gguf", tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True)
+    result = convert(archs / f"{name}.gguf", tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True)
     assert result.elided
     assert {tensor.name for tensor in GGUFReader(result.output).tensors} == {table.name for table in result.tables}
     load = {"sidecar": str(result.output), "load_mode": load_mode}
@@ -46,7 +46,7 @@ def test_source_in_parts(smollm, tmp_path):
     tool("llama-gguf-split", "--split", "--split-max-size", "60M", smollm, tmp_path / "x")
     (first, *others) = sorted(tmp_path.glob("x-*.gguf"))
     assert others
-    result = convert(first, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True)
+    result = convert(first, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True)
     ours = session(first, PATCHED, STEPS, load={"sidecar": str(result.output)})
     assert all(map(np.array_equal, ours, session(smollm, STOCK, STEPS)))
 
@@ -58,7 +58,7 @@ def test_source_is_not_touched(llama, tmp_path):
     done = cli("convert", source, "--sidecar", "--type", "q8_0")
     assert done.returncode == 0, done.stderr
     assert (hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_mtime_ns) == before
-    output = tmp_path / "some.model.firstlayer.gguf"
+    output = tmp_path / "some.model_firstlayer.gguf"
     assert f"-m {source} --firstlayer {output}" in done.stdout
     seen = inspect(output)
     assert seen.sidecar
@@ -73,7 +73,7 @@ def test_unreachable_weights_are_not_loaded(tmp_path):
 
     source = tmp_path / "pythia.gguf"
     write_model(CATALOGUE["pythia-70m"], source, GGMLQuantizationType.Q8_0)
-    result = convert(source, tmp_path / "pythia.firstlayer.gguf", sidecar=True)
+    result = convert(source, tmp_path / "pythia_firstlayer.gguf", sidecar=True)
     elided = sum(weight.bytes for weight in result.elided)
     assert elided > 2 << 20
     steps = [["decode", [[0], [1, 2, 3]]], ["mapped", str(source)]]
@@ -122,7 +122,7 @@ def _fine_tuned(source: Path, target: Path) -> Path:
 
 def test_tables_of_another_model_are_not_used(llama, tmp_path):
     """A fine-tuned model has the same shapes: its output must be its own. Fails if only names and shapes are compared."""
-    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    tables = convert(llama, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True).output
     other = _fine_tuned(llama, tmp_path / "other.gguf")
     ours, theirs = session(other, PATCHED, STEPS, load={"sidecar": str(tables)}), session(other, STOCK, STEPS)
     assert all(map(np.array_equal, ours, theirs))
@@ -132,7 +132,7 @@ def test_tables_of_another_model_are_not_used(llama, tmp_path):
 def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
     """One sentence, and no crash."""
     broken = tmp_path / "broken.gguf"
-    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    tables = convert(llama, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True).output
     broken.write_bytes(tables.read_bytes()[:-100])
     for file in (llama, llama_flp, broken):
         (failure,) = run(PATCHED, {"run": "load", "model": llama, "load": {"sidecar": str(file)}})
@@ -145,7 +145,7 @@ def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
 
 
 def test_refusals(llama, tmp_path):
-    tables = convert(llama, tmp_path / "x.firstlayer.gguf", type="f32", sidecar=True).output
+    tables = convert(llama, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True).output
     assert "already converted" in refusal(cli("convert", tables))
     assert "cannot be split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G"))
     with pytest.raises(FirstLayerError, match="itself converted"):

@@ -238,6 +238,9 @@ void llama_firstlayer_analysis::find_spares() {
     ggml_cgraph *         of_tokens = nullptr;
 
     model->firstlayer->observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        if (llama_firstlayer_cache::is_other_graph(*model, params)) {
+            return;
+        }
         if (params.ubatch.embd) {
             if (model->hparams.n_pos_per_embd() > 1 || !is_written_alike(of_tokens, params.res->get_gf())) {
                 read.merge(names(walk.live({})));

@@ -80,6 +80,7 @@ void llama_firstlayer_gather_in_place(ggml_context * ctx, ggml_tensor * lookup, 
     }
     ggml_tensor * cast = ggml_cast(ctx, gather_as(ctx, table->type, table, index), GGML_TYPE_F32);
     if (can_cast(dev, cast)) {
+        ggml_format_name(cast->src[0], "%s (stored)", ggml_get_name(lookup));
         lookup->op     = cast->op;
         lookup->src[0] = cast->src[0];
         lookup->src[1] = lookup;  // as ggml_cast has it

@@ -141,7 +141,13 @@ def decode(context, tokens, first=0, embd=None, parallel=False, run=llama_cpp.ll
         batch.logits[i] = outputs is None or i >= n - outputs
     if embd is not None:
         ctypes.memmove(batch.embd, embd.ctypes.data, embd.nbytes)
+        # models with positions along several axes want those of vectors axis by axis: time, height, width, and an unused one
+        axes = [batch.pos[i] for i in range(n)] * 3 + [0] * n
+        allocated = ctypes.cast(ctypes.cast(batch.pos, ctypes.c_void_p), ctypes.POINTER(llama_cpp.llama_pos))
+        batch.pos = (llama_cpp.llama_pos * len(axes))(*axes)
     status = run(context, batch)
+    if embd is not None:
+        batch.pos = allocated
     llama_cpp.llama_batch_free(batch)
     return status
 
@@ -550,7 +556,24 @@ def training(job):
     result = function("ggml_opt_result_init", pointer)
     epoch = function("llama_opt_epoch", None, pointer, pointer, pointer, pointer, i64, pointer, pointer)
     epoch(trainer, dataset, result(), result(), count - 1, None, None)
-    return before, logits()
+    return before, logits(), "".join(messages)
+
+
+def injection(job):
+    """Status of a batch of a target's hidden states, which a draft makes keys and values of.
+
+    llama_batch has room for a part of each state only, so what they become is random.
+    """
+    model = Model(job["model"], **job.get("load", {}))
+    rows = np.zeros((job["count"], llama_cpp.llama_model_n_embd(model.model)), np.float32)
+    return decode(model.context(), [0] * job["count"], embd=rows, outputs=0), "".join(messages)
+
+
+def refused_saving(job):
+    """What llama.cpp says if it does not write a loaded model to a file."""
+    model = Model(job["model"], **job.get("load", {}))
+    llama_cpp.llama_model_save_to_file(model.model, job["path"].encode())
+    return "".join(messages)
 
 
 def contexts(job):
