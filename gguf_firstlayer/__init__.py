@@ -2,7 +2,7 @@
 
 import gguf_firstlayer.start  # noqa: F401 (first: it prepares the process for the other imports)
 from gguf_firstlayer.bench import Bench, bench
-from gguf_firstlayer.c_api import RowCache, row_cache
+from gguf_firstlayer.c_api import RowCache, row_cache, sidecar_overrides
 from gguf_firstlayer.convert import Conversion, convert
 from gguf_firstlayer.cost import Plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError
@@ -33,5 +33,6 @@ __all__ = [
     "plan",
     "revert",
     "row_cache",
+    "sidecar_overrides",
     "verify",
 ]

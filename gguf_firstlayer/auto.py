@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import InMemoryDecoder
 from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.memory import memory_limit
 from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, progress
@@ -272,9 +272,9 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes
         measured.
     """
     default, _, _ = types(analysis.sites)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    memory = memory_limit()
     if memory is not None and model.bytes > 0.75 * memory:
-        return default, None, "the model needs more memory than this machine has"
+        return default, None, "the model needs more memory than there is"
     try:
         with Effects(model.path, analysis, n_measured=2 * len(analysis.sites) + 3) as effects:
             return *search(effects, max_kld), ""

@@ -23,6 +23,10 @@ from gguf_firstlayer.installation import load_backends, paths
 from gguf_firstlayer.start import STOPPING
 
 _LOG_LEVEL_ERROR = 4
+
+# bytes of `llama_model_kv_override::val_str`, without the zero at its end
+MAX_OVERRIDE = 127
+
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -328,6 +332,16 @@ class Library:
 def library() -> Library:
     """The build's libraries, loaded once."""
     return Library()
+
+
+def sidecar_overrides(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What `llama_cpp.Llama(kv_overrides=...)` takes to use a sidecar: several overrides if the path is long."""
+    parts = [""]
+    for character in os.fspath(path):
+        if len((parts[-1] + character).encode()) > MAX_OVERRIDE:
+            parts.append("")
+        parts[-1] += character
+    return {f"firstlayer.file.{i}" if i else "firstlayer.file": part for i, part in enumerate(parts)}
 
 
 def row_cache(model: Any) -> RowCache | None:

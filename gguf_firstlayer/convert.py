@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.cost import CostModel, SitePlan, estimate, of_model
+from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
 from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.runtime import Analysis, analyse
@@ -48,6 +49,7 @@ class Conversion:
         source_bytes, output_bytes: sizes of the files
         sidecar: whether the output holds only tables, to be used with the source
         decode_bound, prefill_bound: the highest possible speed-up, see `plan`
+        devices: what changes on some devices that hold all layers
     """
 
     source: Path
@@ -65,6 +67,7 @@ class Conversion:
     sidecar: bool
     decode_bound: float
     prefill_bound: float
+    devices: list[DevicePlan]
 
 
 def convert(
@@ -136,6 +139,7 @@ def convert(
         sidecar=sidecar,
         decode_bound=expected.decode_bound,
         prefill_bound=expected.prefill_bound,
+        devices=[device_plan(costs, selection.types, device) for device in PROFILES.values()],
     )
 
 
@@ -263,6 +267,7 @@ def summary(result: Conversion) -> str:
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
     verb = "comes" if len(result.sites) == 1 else "come"
     listed = ", ".join([*(weight.name for weight in result.elided[:LISTED]), *["..."][: len(result.elided) > LISTED]])
+    slowest = min(result.devices, key=lambda device: device.decode)
     kept = "vectors as input need them" if result.spares else option("keep_weights", True)
     lines = [
         f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
@@ -273,6 +278,11 @@ def summary(result: Conversion) -> str:
         *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {files}",
         f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
+        *(
+            [f"slower on a GPU that holds all layers: {slowest.decode:.3f} on an {slowest.device}"]
+            if slowest.decode < 1
+            else []
+        ),
         f"wrote {result.output}",
         f'run it: {shlex.join(map(str, command))} -p "..."',
     ]

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.demand import DemandPlan, demand_plan
+from gguf_firstlayer.device import DevicePlan
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.runtime import Analysis, Site, Use, find_spares
@@ -206,6 +207,7 @@ class Plan:
         prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
         cache: what a row cache would gain instead; None where a model has no site
         demand: what computing only what is read would save; None for a shape, or where llama.cpp cannot build the graphs
+        device: what changes on a device that holds all layers; None if none was asked for
     """
 
     name: str
@@ -229,6 +231,7 @@ class Plan:
     prefill_bound: float
     cache: CachePlan | None = None
     demand: DemandPlan | None = None
+    device: DevicePlan | None = None
 
 
 def of_model(source: Source, analysis: Analysis) -> CostModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +20,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".part"
+
+# a temporary folder, and the name of the output in it
+_FOLDER = re.compile(rf"\.(.+)\.[a-z0-9_]+{re.escape(SUFFIX)}")
 
 
 def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False, argument: str = "output") -> None:
@@ -101,9 +105,13 @@ def _make_folder(output: Path) -> tuple[Path, int | None]:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove the temporary folders that killed processes left for this output: no process holds a lock on them."""
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.*{SUFFIX}") if fcntl else ():
+    """Remove the temporary folders that killed processes left beside this output: no process holds a lock on them."""
+    for folder in output.parent.glob(f".*{SUFFIX}") if fcntl else ():
+        match = _FOLDER.fullmatch(folder.name)
         with suppress(OSError):
+            stem = Path(match[1]).stem if match else None
+            if stem is None or not all(entry.is_file() and entry.name.startswith(stem) for entry in folder.iterdir()):
+                continue  # of another program
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from gguf_firstlayer.cost import (
     estimate,
 )
 from gguf_firstlayer.demand import N_TOKENS
+from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan, parse_device
 from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
@@ -43,6 +44,7 @@ def plan(
     type: str = "q8_0",
     batches: Sequence[int] = BATCHES,
     keep_weights: bool = False,
+    device: str | None = None,
 ) -> Plan:
     """What a conversion would gain and cost.
 
@@ -51,6 +53,7 @@ def plan(
         type: of the tables; "auto" is planned as q8_0
         batches: batch sizes to report the reads of
         keep_weights: for a conversion with `keep_weights`
+        device: that holds all layers, one of `device.PROFILES` or its peaks, see `device.parse_device`
 
     Raises:
         UsageError: the type is unknown, or a batch size is not positive.
@@ -59,6 +62,7 @@ def plan(
     if not all(1 <= size <= MAX_NUMBER for size in batches):
         raise UsageError(f"a batch has between 1 and {MAX_NUMBER:,} tokens")
     wanted = file_format.table_type("q8_0" if type == "auto" else type)
+    where = parse_device(device) if device else None
     demand = None
     if isinstance(model, CostModel):
         shape = for_cache = model
@@ -68,7 +72,12 @@ def plan(
         except FirstLayerError:  # perhaps llama.cpp aborted on a graph that embeds
             shape, for_cache = both_of_file(Path(model))
     site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
-    return replace(estimate(shape, site_types, batches, keep_weights), cache=cached(for_cache), demand=demand)
+    return replace(
+        estimate(shape, site_types, batches, keep_weights),
+        cache=cached(for_cache),
+        demand=demand,
+        device=device_plan(shape, site_types, where) if where else None,
+    )
 
 
 def _factor(value: float) -> str:
@@ -121,7 +130,21 @@ def text(result: Plan) -> str:
             f"    memory for rows of {size_text(result.cache.row_bytes)}: {memory} tokens of text",
             _advice(result),
         ]
+    if result.device:
+        lines += ["", *_device(result.device)]
     return "\n".join([*lines, *_demand(result)])
+
+
+def _device(result: DevicePlan) -> list[str]:
+    """What tables change on a device."""
+    slower = " Tables make it slower there: use the source." if max(result.decode, result.prefill) < 1 else ""
+    return [
+        f"{result.device}, with all layers: decoding {result.decode:.4f}x, a prompt of {PROMPT_TOKENS} tokens"
+        f" {result.prefill:.4f}x.{slower}",
+        f"    per token, {size_text(result.bus_without)} to the device become {size_text(result.bus_with)}, and"
+        f" {size_text(result.memory_without)} of its memory {size_text(result.memory_with)};",
+        f"    {size_text(result.freed)} of it are freed",
+    ]
 
 
 def _demand(result: Plan) -> list[str]:
@@ -163,6 +186,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="type of the tables (default: q8_0, also for auto)",
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"a device that holds all layers: {', '.join(PROFILES)}, or memory=GB/s,bus=GB/s,compute=TFLOP/s",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -171,6 +199,6 @@ def main(args: argparse.Namespace) -> int:
     if (args.path is None) == (args.shape is None):
         raise UsageError("give either a file, or a --shape")
     model = parse_shape(args.shape).cost_model() if args.path is None else args.path
-    result = plan(model, type=args.type, batches=args.batch)
+    result = plan(model, type=args.type, batches=args.batch, device=args.device)
     print(to_json(result) if args.json else text(result))
     return 0

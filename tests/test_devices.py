@@ -67,10 +67,12 @@ def test_rpc_with_a_cache(weights, smollm):
         (source, source_log), (cached, log) = both(
             lambda options: offloaded(smollm, address, *weights, *options), [], ["--firstlayer-cache", 8]
         )
+        _, log_of_prompt = offloaded(smollm, address, *weights, "--firstlayer-cache", 8, "-n", 1, prompt=" once" * 512)
     assert source == cached
     assert len(source.split()) > 10
-    lookup = next(line for line in log if "GET_ROWS" in line and "firstlayer.cache" in line)
-    assert len(re.findall(r"\[RPC0", lookup)) >= 2
+    for lines in (log, log_of_prompt):
+        lookup = next(line for line in lines if "GET_ROWS" in line and "firstlayer.cache" in line)
+        assert len(re.findall(r"\[RPC0", lookup)) >= 2
     # the slots go there, and no rows
     inputs = [name for line in log if line.startswith("## SPLIT") for name in re.findall(r"\[(\S+) +\(", line)]
     assert [name for name in inputs if name.startswith(("firstlayer", "Qcur", "Kcur", "Vcur"))] == ["firstlayer.slots"]
@@ -126,7 +128,7 @@ def test_device_that_cannot_map(smollm_flp, tmp_path):
     source = Path(__file__).with_name("support") / "no_mapping.cpp"
     subprocess.run(["c++", "-shared", "-fPIC", include, source, "-o", preloaded], check=True)
     with rpc_server() as address:
-        texts = [offloaded(smollm_flp["f32"], address, **more) for more in ({}, {"LD_PRELOAD": str(preloaded)})]
+        texts = [offloaded(smollm_flp["f32"], address, **more)[0] for more in ({}, {"LD_PRELOAD": str(preloaded)})]
     assert texts[0] == texts[1]
 
 

@@ -20,6 +20,7 @@ from support.models import convert
 
 from gguf_firstlayer import FirstLayerError, Shape, plan
 from gguf_firstlayer.cost import estimate, of_file
+from gguf_firstlayer.device import GATHER, LAYER, LOOKUP
 from gguf_firstlayer.file_format import TYPES
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.selection import select
@@ -107,6 +108,27 @@ def test_header_of_a_published_model(name, of_paper, headers):
     assert result.values_eliminated == eliminated
     assert (result.reads[0].values_without, result.reads[0].values_with) == (without, instead)
     assert tuple(round(row.reduction) for row in result.reads) == reductions
+
+
+def test_device(smollm):
+    """What goes over the bus is what tests/test_devices.py counts; oracle of the rest: arithmetic."""
+    given = "memory=100,bus=10,compute=20"
+    result = plan(smollm, type="q8_0", device=given).device
+    assert (result.bus_without, result.bus_with) == (4 * 576, 576 // 32 * 34 + 960 // 32 * 34)
+    gone = {"blk.0.attn_norm.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"}
+    assert result.freed == sum(tensor.n_bytes for name, tensor in Source(smollm).tensors.items() if name in gone)
+    assert result.memory_without - result.memory_with == result.freed
+
+    def seconds(read: float, sent: list[int]) -> float:
+        return read / 100e9 + 30 * LAYER + sum(LOOKUP + size / GATHER + size / 10e9 for size in sent)
+
+    without, instead = seconds(result.memory_without, [2304]), seconds(result.memory_with, [612, 1020])
+    assert result.decode == pytest.approx(without / instead)
+    assert result.decode < 1 < plan(smollm, type="q8_0").decode_bound
+    assert plan(smollm, type="iq4_nl", device="h100").device.bus_with == 612 + 4 * 960
+    assert "decoding 0.9" in cli("plan", smollm, "--device", given).stdout
+    for wrong in ("gtx", "memory=1", "memory=1,bus=0,compute=1", "memory=1,bus=1,compute=x"):
+        assert "is not a device" in refusal(cli("plan", smollm, "--device", wrong))
 
 
 def test_gains_document_is_current(headers):

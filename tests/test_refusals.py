@@ -265,8 +265,10 @@ def test_folders_of_living_processes_stay(llama, tmp_path):
     (tmp_path / ".x.gguf.dead.part").mkdir()
     (tmp_path / ".x.gguf.dead.part" / "x.gguf").write_text("left")
     (tmp_path / ".other.gguf.dead.part").mkdir()
+    (tmp_path / ".foreign.gguf.dead.part").mkdir()
+    (tmp_path / ".foreign.gguf.dead.part" / "photo.jpg").write_text("of another program")
     assert cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "f32").returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".other.gguf.dead.part", part.parent.name, "x.gguf"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".foreign.gguf.dead.part", part.parent.name, "x.gguf"])
     alive.__exit__(None, None, None)
     assert (tmp_path / "x.gguf").read_text() == "in the middle of it"
 

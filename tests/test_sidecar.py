@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from support.builds import PATCHED, STOCK, run, session
-from support.command_line import cli, refusal, tool
+from support.command_line import cli, refusal, run_tool, tool
+from support.hub import hub
 from support.models import convert, rewrite
 from support.servers import serve
 
-from gguf_firstlayer import FirstLayerError, bench, inspect, verify
+from gguf_firstlayer import FirstLayerError, bench, inspect, sidecar_overrides, verify
+
+TABLES = "the first layer comes from tables"
 
 STEPS = [["decode", [[0], {"count": 40, "seed": 1}]], ["decode", [[0], [7, 8]]]]
 
@@ -151,3 +155,38 @@ def test_refusals(llama, tmp_path):
     with pytest.raises(FirstLayerError, match="itself converted"):
         verify(tables, llama)
     assert json.loads(cli("inspect", tables, "--json").stdout)["sidecar"]
+
+
+@pytest.mark.parametrize("tag", [":Q4_1", ""])
+def test_from_the_hub(tag, smollm, sidecar, tmp_path):
+    """-hf takes the model, not the sidecar beside it, which sorts before it, and then uses that: also from its cache."""
+    with hub({"SmolLM2_firstlayer.gguf": sidecar, "SmolLM2.gguf": smollm, "SmolLM2-Q4_1_firstlayer.gguf": sidecar,
+              "SmolLM2-Q4_1.gguf": smollm}) as (address, downloaded):  # fmt: skip
+        environment = os.environ | {"HF_ENDPOINT": address, "LLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
+        options = ["-hf", f"user/SmolLM2{tag}", "-n", 8, "-p", "Once", "-no-cnv", "--temp", 0]
+        first = run_tool("llama-completion", *options, env=environment)
+        assert first.returncode == 0, first.stderr[-2000:]
+        model = "SmolLM2-Q4_1" if tag else "SmolLM2"
+        assert sorted(downloaded) == sorted([f"{model}.gguf", f"{model}_firstlayer.gguf"])
+    again = run_tool("llama-completion", *options, "--offline", env=environment)
+    without = run_tool("llama-completion", *options, "--offline", "--firstlayer", "", env=environment)
+    assert first.stdout == again.stdout == without.stdout
+    assert [TABLES in done.stderr for done in (first, again, without)] == [True, True, False]
+
+
+def test_long_path(smollm, sidecar, tmp_path):
+    """An override holds 127 bytes. Fails if a part of the path is lost, or cut within a character."""
+    folder = tmp_path / ("ä" * 100) / ("Zoë" * 40)
+    folder.mkdir(parents=True)
+    path = Path(shutil.copy(sidecar, folder))
+    parts = sidecar_overrides(path)
+    assert len(parts) > 2
+    assert all(len(part.encode()) <= 127 for part in parts.values())
+    assert "".join(parts.values()) == str(path)
+    done = run_tool("llama-completion", "-m", smollm, "--firstlayer", path, "-n", 1, "-p", "Once", "-no-cnv")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert TABLES in done.stderr
+    module = import_module("gguf_firstlayer.llama_cpp")
+    module.Llama(str(smollm), kv_overrides=parts, n_ctx=32, verbose=False).close()
+    with pytest.raises(ValueError, match="Failed to load"):
+        module.Llama(str(smollm), kv_overrides=dict(list(parts.items())[:-1]), n_ctx=32, verbose=False)

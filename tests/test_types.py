@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.models import convert, rewrite
 from gguf_firstlayer import FirstLayerError, auto, inspect
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import TYPES, fitting
+from gguf_firstlayer.memory import memory_limit
 from gguf_firstlayer.runtime import Analysis
 from gguf_firstlayer.source import Source
 
@@ -233,8 +235,28 @@ def test_a_model_larger_than_memory_is_not_measured(llama, monkeypatch):
     with Analysis(llama) as analysis:
         kinds, measurement, reason = auto.choose(Source(llama), analysis, 1e-4)
     assert measurement is None
-    assert "more memory than this machine has" in reason
+    assert "more memory than there is" in reason
     assert set(kinds.values()) == {GGMLQuantizationType.Q8_0}
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "expected"),
+    [
+        ("0::/a/b", {"a/memory.max": "3000", "a/b/memory.max": "max"}, 3000),
+        ("0::/", {"memory.max": "4000"}, 4000),
+        ("5:cpu,memory:/x", {"memory/x/memory.limit_in_bytes": "2000"}, 2000),
+        ("5:cpu:/x", {}, None),
+        ("0::/../outside", {}, None),
+    ],
+)
+def test_memory_of_a_container(line, files, expected, tmp_path):
+    """A container may have less than the machine."""
+    (tmp_path / "cgroup").write_text(line + "\n")
+    for name, value in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(value + "\n")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_limit(tmp_path / "cgroup", tmp_path / "groups") == (expected or physical)
 
 
 def test_sample_is_long_enough(smollm):

@@ -64,7 +64,10 @@ ggml_tensor * llama_firstlayer_gather(ggml_context *     ctx,
                                       ggml_tensor *      table,
                                       ggml_tensor *      index,
                                       ggml_backend_dev_t dev) {
-    if (!is_device(dev) || !is_host(table)) {
+    if (!is_host(table)) {
+        return ggml_get_rows(ctx, table, index);  // where the table is
+    }
+    if (!is_device(dev)) {
         return gather_f32(ctx, table, index);
     }
     ggml_tensor * cast = ggml_cast(ctx, gather_as(ctx, table->type, table, index), GGML_TYPE_F32);

@@ -6,7 +6,7 @@
 // Lookups of rows in host memory. Small ones are ggml's; large ones run on all threads, and rows for a device go there as they
 // are stored, to become F32 where they are used: ggml's lookup has one thread, and turns rows into F32 on the host.
 
-// F32 [row width, n_tokens]: rows of a table on the host, for layer 0 on `dev`; index: I32 [n_tokens]
+// F32 [row width, n_tokens]: rows of a table, for layer 0 on `dev`; index: I32 [n_tokens]
 ggml_tensor * llama_firstlayer_gather(ggml_context *     ctx,
                                       ggml_tensor *      table,
                                       ggml_tensor *      index,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from support.builds import PATCHED
-from support.servers import free_port
+from support.ports import free_port
 
 # of ggml-rpc.cpp: a request is its command, its size and its data; that of SET_TENSOR is a struct, an offset and the values
 SET_TENSOR = 6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,13 +17,7 @@ import openai
 
 from support.builds import PATCHED, ROOT
 from support.command_line import load_options
-
-
-def free_port() -> int:
-    """A port on the loopback device on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from support.ports import free_port
 
 
 @contextmanager
