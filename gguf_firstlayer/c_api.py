@@ -157,6 +157,7 @@ class Library:
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_init": (handle, [text, i32, i32, flag]),
+            "llama_firstlayer_init_on": (handle, [text, text, i32, i32, flag]),
             "llama_firstlayer_init_for_cache": (handle, [text, i32]),
             "llama_firstlayer_free": (None, [handle]),
             "llama_firstlayer_n_vocab": (i32, [handle]),

@@ -80,6 +80,7 @@ def convert(
     keep_weights: bool = False,
     split_max_size: str | None = None,
     sidecar: bool = False,
+    device: str | None = None,
     force: bool = False,
 ) -> Conversion:
     """Write a copy of a GGUF model in which tables replace what its first layer computes from the token alone.
@@ -99,6 +100,8 @@ def convert(
         split_max_size: split the output into parts `x-flp-00001-of-0000N.gguf` of at most this size, like "2G" or "500M"
             (`llama-gguf-split --split-max-size`)
         sidecar: write only the tables, to be used with the source (`llama-server -m SOURCE --firstlayer OUTPUT`)
+        device: whose kernels compute the rows, like "CUDA0", or HOST:PORT of an RPC server, so that the text equals the
+            source's on that device; None for the CPU
         force: replace an existing output
 
     Raises:
@@ -107,7 +110,7 @@ def convert(
     """
     job = _prepare(source, output, type, max_kld, max_growth, keep_weights, split_max_size, sidecar, force)
     model = job.model
-    with analyse(model.path) as analysis:
+    with analyse(model.path, device) as analysis:
         if not analysis.sites:
             raise FirstLayerError(f"{model.path}: a {model.architecture} model has nothing to precompute: {analysis.blocker}")
         costs = of_model(model, analysis)
@@ -306,6 +309,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-weights", action="store_true", help="elide nothing, for LoRA on layer 0, image or audio input")
     parser.add_argument("--split-max-size", metavar="N(M|G)", help="write parts of at most this size, as llama-gguf-split does")
     parser.add_argument("--sidecar", action="store_true", help="write only the tables, to IN_firstlayer.gguf, for use with IN")
+    parser.add_argument(
+        "--device", metavar="NAME|HOST:PORT", help="compute the rows there, for use there (default: on the CPU), like CUDA0"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -321,6 +327,7 @@ def main(args: argparse.Namespace) -> int:
         keep_weights=args.keep_weights,
         split_max_size=args.split_max_size,
         sidecar=args.sidecar,
+        device=args.device,
         force=args.force,
     )
     print(to_json(result) if args.json else summary(result))

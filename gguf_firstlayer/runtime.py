@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,8 @@ class Analysis:
         n_batch: tokens per batch
         load_vocab: load the vocabulary, which takes longer than everything else; without it, there is no tokenizer
         for_cache: take the sites of a row cache, without the vocabulary (`llama_firstlayer_init_for_cache`)
+        device: whose kernels compute rows, like "CUDA0", or HOST:PORT of an RPC server (`llama_firstlayer_init_on`); None for
+            the CPU
 
     Attributes:
         n_vocab: entries of the vocabulary
@@ -83,12 +86,23 @@ class Analysis:
         FirstLayerError: llama.cpp cannot load the model.
     """
 
-    def __init__(self, path: Path, n_batch: int = 512, load_vocab: bool = True, for_cache: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_batch: int = 512,
+        load_vocab: bool = True,
+        for_cache: bool = False,
+        device: str | None = None,
+    ) -> None:
         self._library = library()
         self._library.errors.clear()
         with undisturbed():
             if for_cache:
                 self.handle = self._library.llama.llama_firstlayer_init_for_cache(os.fsencode(path), n_batch)
+            elif device is not None:
+                self.handle = self._library.llama.llama_firstlayer_init_on(
+                    os.fsencode(path), device.encode(), n_batch, 0, load_vocab
+                )
             else:
                 self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, 0, load_vocab)
         if not self.handle:
@@ -175,18 +189,31 @@ class Analysis:
         self.close()
 
 
-def analyse(path: Path) -> Analysis:
+def analyse(path: Path, device: str | None = None) -> Analysis:
     """Open an `Analysis`, first in a child process: on hostile metadata, llama.cpp's loader aborts the process.
 
     Raises:
-        FirstLayerError: llama.cpp cannot load the model, or aborts.
+        FirstLayerError: llama.cpp cannot load the model, or aborts; or there is no such device.
     """
+    if device is not None:
+        _check_server(device)
     spares = find_spares(path, load_vocab=True)
     if spares is None:
         isolated(_try_analysis, path)
-    analysis = Analysis(path)
+    analysis = Analysis(path, device=device)
     analysis.spares = spares or ()
     return analysis
+
+
+def _check_server(device: str) -> None:
+    """Refuse an RPC server that does not answer, for which llama.cpp would abort."""
+    host, _, port = device.rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as err:
+        raise FirstLayerError(f"there is no device '{device}': no RPC server answers ({err})") from err
 
 
 def find_spares(path: Path, load_vocab: bool = False) -> tuple[str, ...] | None:

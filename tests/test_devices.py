@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from architectures import distance
 from support.builds import PATCHED, ROOT, both, run
-from support.command_line import run_tool
+from support.command_line import cli, refusal, run_tool
 from support.models import convert
 from support.rpc import counting_proxy, rpc_server
 
@@ -132,6 +132,26 @@ def test_device_that_cannot_map(smollm_flp, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("name", ["smollm", "falcon-dense", "mamba-dense", "t5-dense"])
+def test_rows_of_a_device(name, archs, smollm, tmp_path):
+    """An RPC server computes rows with the CPU's kernels, so the file is the same. Fails if rows come from here instead: then
+    nothing goes there.
+    """
+    source = smollm if name == "smollm" else archs / f"{name}.gguf"
+    here = convert(source, tmp_path / "here.gguf", type="f32").output
+    with rpc_server() as server, counting_proxy(server) as (address, counted):
+        done = cli("convert", source, "-o", tmp_path / "there.gguf", "--type", "f32", "--device", address)
+    assert done.returncode == 0, done.stderr
+    assert here.read_bytes() == (tmp_path / "there.gguf").read_bytes()
+    assert sum(counted.values()) > 0
+
+
+def test_unknown_device(llama, tmp_path):
+    for name in ("CUDA9", "127.0.0.1:1"):
+        assert f"there is no device '{name}'" in refusal(cli("convert", llama, "-o", tmp_path / "x.gguf", "--device", name))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(params=["patched", "vulkan"])
 def device_build(request, monkeypatch) -> Path:
     """A build that has a device: Metal on macOS, or what scripts/test-vulkan builds."""
@@ -160,6 +180,26 @@ def test_device(name, device_build, archs, tmp_path):
     )
     assert np.array_equal(stock[7], ours[7])
     assert stock_text == our_text
+
+
+@pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "mamba-dense"])
+def test_device_with_own_rows(name, device_build, archs, tmp_path):
+    """With all layers on the device that computed the rows, logits differ from the source's there by no more than batch sizes
+    do, and the greedy text is the same.
+    """
+    source = archs / f"{name}.gguf"
+    logits = {"run": "logits", "tokens": {"count": 96, "seed": 1}, "batches": [1, 7, 64], "load": {"n_gpu_layers": 99}}
+    greedy = {"run": "greedy", "prompts": [{"count": 24, "seed": 1}], "n_predict": 24, "load": {"n_gpu_layers": 99}}
+    (devices,) = run(device_build, {"run": "devices"})
+    device = next(found for found in devices if found != "CPU")
+    job = {"run": "converted_on", "model": source, "output": tmp_path / "x.gguf", "device": device}
+    run(device_build, job)
+    (stock, text), (ours, our_text) = (
+        run(device_build, *(job | {"model": model} for job in (logits, greedy))) for model in (source, tmp_path / "x.gguf")
+    )
+    own = max(distance(stock[64], stock[size]) for size in (1, 7))
+    assert all(distance(stock[size], ours[size]) <= 1.5 * own for size in (1, 7, 64))
+    assert text == our_text
 
 
 @pytest.mark.parametrize("name", ["llama-dense", "falcon-dense", "command-r-dense", "gemma3-dense", "mamba-dense"])

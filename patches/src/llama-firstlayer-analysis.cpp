@@ -54,13 +54,13 @@ static std::vector<llama_model_kv_override> without_vocab(const char * path_mode
     return res;
 }
 
-// a model without its weights, on the CPU: the CPU's buffer types decide which kernels compute the rows
-static llama_model_ptr load_metadata(const char * path_model, bool load_vocab) {
-    static ggml_backend_dev_t devices[] = { nullptr };
+// a model without its weights, on the CPU or a device: the buffer types there decide which kernels compute the rows
+static llama_model_ptr load_metadata(const char * path_model, bool load_vocab, ggml_backend_dev_t dev = nullptr) {
+    ggml_backend_dev_t devices[] = { dev, nullptr };
 
     llama_model_params params = llama_model_default_params();
     params.devices            = devices;
-    params.n_gpu_layers       = 0;
+    params.n_gpu_layers       = dev ? -1 : 0;
     params.load_mode          = LLAMA_LOAD_MODE_NONE;
     params.no_alloc           = true;
     params.load_mtp           = true;
@@ -78,16 +78,42 @@ static llama_model_ptr load_metadata(const char * path_model, bool load_vocab) {
     return res;
 }
 
-llama_firstlayer_analysis::llama_firstlayer_analysis(const char * path_model,
-                                                     int32_t      n_batch,
-                                                     int32_t      n_threads,
-                                                     bool         load_vocab,
-                                                     bool         for_cache) :
+// a device by its name, or the one of an RPC server
+static ggml_backend_dev_t find_device(const std::string & name) {
+    ggml_backend_dev_t res = ggml_backend_dev_by_name(name.c_str());
+    if (!res && name.find(':') != std::string::npos) {
+        using add_server_t     = ggml_backend_reg_t (*)(const char * endpoint);
+        ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+        const auto         add_server =
+            rpc ? (add_server_t) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server") : nullptr;
+        ggml_backend_reg_t server = add_server ? add_server(name.c_str()) : nullptr;
+        if (server && ggml_backend_reg_dev_count(server) > 0) {
+            ggml_backend_register(server);
+            res = ggml_backend_reg_dev_get(server, 0);
+        }
+    }
+    if (!res) {
+        std::string known;
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            known += std::string(i ? ", " : "") + ggml_backend_dev_name(ggml_backend_dev_get(i));
+        }
+        throw std::runtime_error(format("there is no device '%s'; known are %s", name.c_str(), known.c_str()));
+    }
+    return ggml_backend_dev_type(res) == GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr : res;
+}
+
+llama_firstlayer_analysis::llama_firstlayer_analysis(const char *       path_model,
+                                                     ggml_backend_dev_t dev,
+                                                     int32_t            n_batch,
+                                                     int32_t            n_threads,
+                                                     bool               load_vocab,
+                                                     bool               for_cache) :
     path(path_model),
+    dev(dev),
     n_batch(n_batch),
     n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())),
     for_cache(for_cache) {
-    model = load_metadata(path_model, load_vocab);
+    model = load_metadata(path_model, load_vocab, dev);
     if (model->firstlayer && !model->firstlayer->tables.empty()) {
         throw std::runtime_error("the model is already converted");
     }
@@ -263,25 +289,37 @@ void llama_firstlayer_analysis::find_spares() {
                  [&](const std::string & name) { return read.count(name); });
 }
 
-llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
-                                                  int32_t      n_batch,
-                                                  int32_t      n_threads,
-                                                  bool         load_vocab) {
+static llama_firstlayer_analysis * analyse(const char * path_model,
+                                           const char * device,
+                                           int32_t      n_batch,
+                                           int32_t      n_threads,
+                                           bool         load_vocab,
+                                           bool         for_cache) {
     return llama_firstlayer_guarded(
         [&] {
-            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), n_threads, load_vocab,
-                                                 /*for_cache =*/false);
+            return new llama_firstlayer_analysis(path_model, device ? find_device(device) : nullptr,
+                                                 std::max(2, GGML_PAD(n_batch, 2)), n_threads, load_vocab, for_cache);
         },
         (llama_firstlayer_analysis *) nullptr);
 }
 
+llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
+                                                  int32_t      n_batch,
+                                                  int32_t      n_threads,
+                                                  bool         load_vocab) {
+    return analyse(path_model, nullptr, n_batch, n_threads, load_vocab, /*for_cache =*/false);
+}
+
+llama_firstlayer_analysis * llama_firstlayer_init_on(const char * path_model,
+                                                     const char * device,
+                                                     int32_t      n_batch,
+                                                     int32_t      n_threads,
+                                                     bool         load_vocab) {
+    return analyse(path_model, device, n_batch, n_threads, load_vocab, /*for_cache =*/false);
+}
+
 llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_model, int32_t n_batch) {
-    return llama_firstlayer_guarded(
-        [&] {
-            return new llama_firstlayer_analysis(path_model, std::max(2, GGML_PAD(n_batch, 2)), /*n_threads =*/0,
-                                                 /*load_vocab =*/false, /*for_cache =*/true);
-        },
-        (llama_firstlayer_analysis *) nullptr);
+    return analyse(path_model, nullptr, n_batch, /*n_threads =*/0, /*load_vocab =*/false, /*for_cache =*/true);
 }
 
 static llama_firstlayer_products count_products(const char *            path_model,

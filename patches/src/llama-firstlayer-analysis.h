@@ -7,7 +7,6 @@
 #include "llama-graph.h"
 #include "llama-model-loader.h"
 
-#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -24,11 +23,13 @@ struct llama_firstlayer_analysis {
         llm_graph_type           gtype;  // of the graph it was found in
     };
 
-    llama_firstlayer_analysis(const char * path_model,
-                              int32_t      n_batch,
-                              int32_t      n_threads,
-                              bool         load_vocab,
-                              bool         for_cache);
+    // dev: whose kernels compute rows, nullptr for the CPU
+    llama_firstlayer_analysis(const char *       path_model,
+                              ggml_backend_dev_t dev,
+                              int32_t            n_batch,
+                              int32_t            n_threads,
+                              bool               load_vocab,
+                              bool               for_cache);
 
     // see llama_firstlayer_find_spares
     void find_spares();
@@ -68,26 +69,21 @@ struct llama_firstlayer_analysis {
     void prepare_eval();
     void load_weight(ggml_tensor * t);
 
-    const std::string path;
-    const int32_t     n_batch;
-    const int32_t     n_threads;
-    const bool        for_cache;
+    const std::string        path;
+    const ggml_backend_dev_t dev;
+    const int32_t            n_batch;
+    const int32_t            n_threads;
+    const bool               for_cache;
 
     std::set<llm_graph_type> seen;
 
-    // a node of one of the graphs
-    struct root {
-        const llama_firstlayer_walk * walk;
-        ggml_tensor *                 tensor;
-    };
-
     // evaluation
-    std::map<llm_graph_type, llama_firstlayer_walk> walks;
-    std::unique_ptr<llama_model_loader>             ml;
-    std::vector<root>                               roots;  // one for each site
-    ggml_context_ptr                                ctx_eval;
-    ggml_cgraph *                                   gf = nullptr;
-    ggml_gallocr_ptr                                alloc;
-    ggml_backend_ptr                                backend;
-    std::vector<ggml_backend_buffer_ptr>            bufs;
+    std::unique_ptr<llama_model_loader>  ml;
+    ggml_context_ptr                     ctx_eval;
+    std::vector<ggml_tensor *>           inputs;  // I32 [n_batch], all with the same tokens
+    std::vector<ggml_tensor *>           rows;    // F32 [width, n_batch] of each site
+    ggml_cgraph *                        gf = nullptr;
+    std::vector<ggml_backend_ptr>        backends;
+    ggml_backend_sched_ptr               sched;
+    std::vector<ggml_backend_buffer_ptr> bufs;
 };

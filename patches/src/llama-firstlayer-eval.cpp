@@ -1,6 +1,7 @@
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-firstlayer-analysis.h"
+#include "llama-firstlayer-fill.h"
 #include "llama-firstlayer-guard.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
@@ -20,7 +21,7 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
 
     // the buffer type that llama.cpp would load this weight into
     ggml_backend_buffer_type_t buft  = ggml_backend_buffer_get_type(t->buffer);
-    ggml_backend_dev_t         dev   = ggml_backend_get_device(backend.get());
+    ggml_backend_dev_t         cpu   = ggml_backend_get_device(backends.back().get());
     const size_t               align = ggml_backend_buft_get_alignment(buft);
 
     t->buffer = nullptr;
@@ -29,8 +30,8 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
     std::vector<no_init<uint8_t>> buf(ml->use_mmap ? 0 : size);
     void *                        data = const_cast<void *>(ml->load_data_range(weight, 0, size, buf.data()));
 
-    if (ml->use_mmap && buft == ggml_backend_dev_buffer_type(dev) && (uintptr_t) data % align == 0) {
-        bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(dev, data, size, size));
+    if (ml->use_mmap && buft == ggml_backend_dev_buffer_type(cpu) && (uintptr_t) data % align == 0) {
+        bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(cpu, data, size, size));
         ggml_backend_tensor_alloc(bufs.back().get(), t, data);
         return;
     }
@@ -45,8 +46,35 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
 }
 
 void llama_firstlayer_analysis::prepare_eval() {
-    model->firstlayer->observe = [this](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
-        walks.insert_or_assign(params.gtype, walk);
+    // a graph of its own, since the context's scheduler changes the one that it gets
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> copies;
+
+    const size_t           max_nodes = builder->ctx->graph_max_nodes(n_batch);
+    const ggml_init_params params    = {
+        /*.mem_size   =*/max_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
+    };
+    ctx_eval.reset(ggml_init(params));
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
+
+    inputs.clear();
+    rows.assign(sites.size(), nullptr);
+    model->firstlayer->observe = [&](const llm_graph_params & cur, const llama_firstlayer_walk & walk) {
+        const auto found = find_sites(walk);
+        for (size_t i = 0; i < sites.size(); ++i) {
+            if (sites[i].gtype == cur.gtype) {
+                ggml_tensor * t = walk.as_rows(cur.res->get_ctx(), found.at(sites[i].recipe));
+                rows[i]         = llama_firstlayer_copy(ctx_eval.get(), t, copies);
+                ggml_set_output(rows[i]->view_src ? rows[i]->view_src : rows[i]);
+                ggml_build_forward_expand(graph, rows[i]);
+            }
+        }
+        for (ggml_tensor * t : walk.tokens()) {
+            if (copies.count(t)) {
+                inputs.push_back(copies.at(t));
+            }
+        }
     };
     builder->build(n_batch, n_batch);
 
@@ -55,32 +83,22 @@ void llama_firstlayer_analysis::prepare_eval() {
                                               false, false, true, nullptr, nullptr);
     ml->init_mappings(/*prefetch =*/false);
 
-    backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    if (!backend) {
-        throw std::runtime_error("no CPU backend found");
+    backends.clear();
+    if (dev) {
+        backends.emplace_back(ggml_backend_dev_init(dev, nullptr));
     }
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    backends.emplace_back(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    std::vector<ggml_backend_t> used;
+    for (const auto & backend : backends) {
+        if (!backend) {
+            throw std::runtime_error("the device or the CPU cannot be used");
+        }
+        used.push_back(backend.get());
+    }
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(used.back()));
     if (auto * set_n_threads =
             (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
-        set_n_threads(backend.get(), n_threads);
-    }
-
-    const size_t           max_nodes = builder->ctx->graph_max_nodes(n_batch);
-    const ggml_init_params params    = {
-        /*.mem_size   =*/ggml_graph_overhead_custom(max_nodes, false),
-        /*.mem_buffer =*/nullptr,
-        /*.no_alloc   =*/true,
-    };
-    ctx_eval.reset(ggml_init(params));
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx_eval.get(), max_nodes, false);
-
-    roots.clear();
-    for (const auto & site : sites) {
-        const auto &  walk = walks.at(site.gtype);
-        ggml_tensor * root = find_sites(walk).at(site.recipe);
-        ggml_set_output(root->view_src ? root->view_src : root);
-        ggml_build_forward_expand(graph, root);
-        roots.push_back({ &walk, root });
+        set_n_threads(used.back(), n_threads);
     }
 
     llama_firstlayer_walk::tensor_set read;
@@ -94,15 +112,15 @@ void llama_firstlayer_analysis::prepare_eval() {
         }
     }
 
-    alloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
-    if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
+    sched.reset(ggml_backend_sched_new(used.data(), nullptr, used.size(), max_nodes, false, false));
+    if (!sched || !ggml_backend_sched_alloc_graph(sched.get(), graph)) {
         throw std::runtime_error("cannot allocate the memory for computing rows");
     }
 
     gf = graph;
 }
 
-void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_tokens, float * rows) {
+void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_tokens, float * out) {
     if (!gf) {
         prepare_eval();
     }
@@ -118,44 +136,29 @@ void llama_firstlayer_analysis::eval(const llama_token * tokens, int32_t n_token
         row_width += site.width;
     }
 
+    std::vector<float> values;
     for (int32_t first = 0; first < n_tokens; first += n_batch) {
         const int32_t n = std::min(n_batch, n_tokens - first);
 
         std::vector<llama_token> batch(tokens + first, tokens + first + n);
         batch.resize(n_batch, batch.back());
-        for (const auto & [_, walk] : walks) {
-            for (ggml_tensor * inp : walk.tokens()) {
-                if (inp->buffer) {
-                    ggml_backend_tensor_set(inp, batch.data(), 0, ggml_nbytes(inp));
-                }
-            }
+        for (ggml_tensor * t : inputs) {
+            ggml_backend_tensor_set(t, batch.data(), 0, ggml_nbytes(t));
         }
 
-        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+        if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("computing rows failed");
         }
 
-        int64_t column = 0;
-        for (const auto & [walk, root] : roots) {
-            int64_t i[GGML_MAX_DIMS];
-            for (i[3] = 0; i[3] < root->ne[3]; ++i[3]) {
-                for (i[2] = 0; i[2] < root->ne[2]; ++i[2]) {
-                    for (i[1] = 0; i[1] < root->ne[1]; ++i[1]) {
-                        // the values along axis 0 belong to one token
-                        int64_t token;
-                        int64_t offset;
-                        i[0] = 0;
-                        walk->locate(root, i, token, offset);
-                        if (token < n) {
-                            const char * src = (const char *) root->data + i[1] * root->nb[1] + i[2] * root->nb[2] +
-                                               i[3] * root->nb[3];
-                            memcpy(rows + (first + token) * row_width + column + offset, src,
-                                   root->ne[0] * sizeof(float));
-                        }
-                    }
-                }
+        float * to = out + first * row_width;
+        for (size_t i = 0; i < sites.size(); ++i) {
+            const int64_t width = sites[i].width;
+            values.resize(n * width);
+            ggml_backend_tensor_get(rows[i], values.data(), 0, values.size() * sizeof(float));
+            for (int32_t j = 0; j < n; ++j) {
+                std::copy_n(values.data() + j * width, width, to + j * row_width);
             }
-            column += walk->width(root);
+            to += width;
         }
     }
 }

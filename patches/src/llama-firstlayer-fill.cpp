@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <unordered_map>
 
-// copies t and what it is computed from; weights and the rows of the cache stay what they are
-static ggml_tensor * copy_node(ggml_context *                                           ctx,
-                               ggml_tensor *                                            t,
-                               std::unordered_map<const ggml_tensor *, ggml_tensor *> & copies) {
+ggml_tensor * llama_firstlayer_copy(ggml_context *                                           ctx,
+                                    ggml_tensor *                                            t,
+                                    std::unordered_map<const ggml_tensor *, ggml_tensor *> & copies) {
     if (!t || (t->op == GGML_OP_NONE && !(t->flags & GGML_TENSOR_FLAG_INPUT))) {
         return t;
     }
@@ -27,9 +25,9 @@ static ggml_tensor * copy_node(ggml_context *                                   
     res->flags     = t->flags;
     res->view_offs = t->view_offs;
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        res->src[i] = copy_node(ctx, t->src[i], copies);
+        res->src[i] = llama_firstlayer_copy(ctx, t->src[i], copies);
     }
-    res->view_src = copy_node(ctx, t->view_src, copies);
+    res->view_src = llama_firstlayer_copy(ctx, t->view_src, copies);
     return res;
 }
 
@@ -48,7 +46,7 @@ llama_firstlayer_fill_graph llama_firstlayer_fill_graph::copy(const std::vector<
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> copies;
     for (ggml_tensor * root : roots) {
-        ggml_build_forward_expand(res.gf, copy_node(res.ctx.get(), root, copies));
+        ggml_build_forward_expand(res.gf, llama_firstlayer_copy(res.ctx.get(), root, copies));
     }
     for (const ggml_tensor * t : tokens) {
         const auto it = copies.find(t);

@@ -5,9 +5,15 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 struct llm_graph_params;
+
+// A copy of t and of what it is computed from, except for weights and the rows of a cache. copies: those of earlier calls
+ggml_tensor * llama_firstlayer_copy(ggml_context *                                           ctx,
+                                    ggml_tensor *                                            t,
+                                    std::unordered_map<const ggml_tensor *, ggml_tensor *> & copies);
 
 // a graph that computes the rows of `tokens` into the slots of a cache
 struct llama_firstlayer_fill_graph {

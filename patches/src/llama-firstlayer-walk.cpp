@@ -292,22 +292,6 @@ int64_t llama_firstlayer_walk::width(const ggml_tensor * t) const {
     return ggml_nelements(t) / n_tokens;
 }
 
-void llama_firstlayer_walk::locate(const ggml_tensor * t,
-                                   const int64_t       i[GGML_MAX_DIMS],
-                                   int64_t &           token,
-                                   int64_t &           column) const {
-    const uint8_t axes = get(t).axes;
-
-    int64_t n[2] = { 1, 1 };
-    token        = 0;
-    column       = 0;
-    for (int d = 0; d < GGML_MAX_DIMS; ++d) {
-        const bool is_token = axes >> d & 1;
-        (is_token ? token : column) += i[d] * n[is_token];
-        n[is_token] *= t->ne[d];
-    }
-}
-
 ggml_tensor * llama_firstlayer_walk::as_rows(ggml_context * ctx, ggml_tensor * t) const {
     // ggml_permute takes the place of each axis: first those of the values, then those of the tokens
     const uint8_t axes = get(t).axes;

@@ -61,9 +61,6 @@ struct llama_firstlayer_walk {
     // values per token
     int64_t width(const ggml_tensor * t) const;
 
-    // the token that an element of a row-pure tensor belongs to, and its position among the values of that token (column)
-    void locate(const ggml_tensor * t, const int64_t i[GGML_MAX_DIMS], int64_t & token, int64_t & column) const;
-
     // F32 [width, n_tokens], contiguous: the values of a row-pure tensor, those of each token in the order of its columns
     ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t) const;
 

@@ -53,6 +53,14 @@ LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * 
                                                                    int32_t      n_threads,
                                                                    bool         load_vocab);
 
+// The same with rows from the kernels of a device, so that they are those of the model on that device. device: its name, such as
+// "CUDA0", or HOST:PORT of an RPC server
+LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init_on(const char * path_model,
+                                                                      const char * device,
+                                                                      int32_t      n_batch,
+                                                                      int32_t      n_threads,
+                                                                      bool         load_vocab);
+
 // The same for the sites of a row cache, whose rows are F32 in memory, and few
 LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_model, int32_t n_batch);
 

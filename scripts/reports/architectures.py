@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,15 @@ def examine(source: Path, folder: Path) -> Row:
         assert difference[2] == difference[7] == 0
     finally:
         result.output.unlink()
-    weights = sorted(weight.name.removesuffix(".weight") for weight in result.elided)
+
+    def names(weights: Iterable[str]) -> str:
+        return ", ".join(name.removesuffix(".weight").removeprefix("blk.0.") for name in sorted(weights))
+
+    kept = f"not read for tokens: {names(result.spares)}" if result.spares else ""
     return Row(
         source.stem,
         ", ".join(f"{site.name.strip()} {site.width}" for site in result.sites),
-        ", ".join(name.removeprefix("blk.0.") for name in weights),
+        "; ".join(filter(None, (names(weight.name for weight in result.elided), kept))),
         "from 2" if difference[1] else "all batches",
     )
 

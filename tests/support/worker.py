@@ -13,10 +13,12 @@ import pickle
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
+from gguf_firstlayer import convert, installation
 from gguf_firstlayer.c_api import CSite
 
 GGML_MAX_SRC = 10
@@ -342,6 +344,14 @@ def devices(_job):
     library.ggml_backend_dev_name.restype, library.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     count = library.ggml_backend_dev_count()
     return [library.ggml_backend_dev_name(library.ggml_backend_dev_get(i)).decode() for i in range(count)]
+
+
+def converted_on(job):
+    """Convert a model on a device of the build."""
+    folder = tempfile.mkdtemp()
+    os.symlink(os.environ["LLAMA_CPP_LIB_PATH"], os.path.join(folder, "bin"))
+    installation.PACKAGE = Path(folder)
+    convert(job["model"], job["output"], type="f32", device=job["device"])
 
 
 def load(job):
