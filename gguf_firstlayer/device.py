@@ -24,6 +24,9 @@ LAYER = 60e-6
 # bytes that a thread of the host gathers in a second, and that all threads do
 GATHER, GATHER_PARALLEL = 10e9, 15e9
 
+# bytes from which on they do (llama-firstlayer-gather.cpp)
+PARALLEL = 4 << 20
+
 # share of the peak that llama.cpp's products of quantized matrices reach in a prompt: 12 to 14 % with a GPU of type H200
 EFFICIENCY = 0.13
 
@@ -117,7 +120,7 @@ class _Rows:
     def seconds(self, device: Device, n_tokens: int) -> float:
         """Until the rows of some tokens are on the device."""
         n_bytes = self.gathered * n_tokens
-        rate = GATHER_PARALLEL if self.threaded and n_bytes >= 1 << 19 else GATHER
+        rate = GATHER_PARALLEL if self.threaded and n_bytes >= PARALLEL else GATHER
         return LOOKUP + n_bytes / rate + n_bytes / device.bus
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from support.builds import PATCHED, ROOT, compare, run
+from support.builds import PATCHED, ROOT, STOCK, compare, run, session
 from support.figures import REPORT, divergence
 from support.models import convert
 
@@ -33,17 +33,29 @@ TEXT = (ROOT / "tests" / "text.txt").read_text()
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weights_are_gone(name, archs, tmp_path):
-    """Eliminated weights are gone from file and graph."""
+    """Eliminated weights are gone from file and graph; those that images need are gone from the graph."""
     n_sites, gone = ARCHITECTURES[name]
     result = convert(archs / f"{name}.gguf", tmp_path / "flp.gguf", type="f32")
     assert len(result.sites) >= n_sites
 
-    elided = {weight.name for weight in result.elided}
+    elided = {weight.name for weight in result.elided} | set(result.spares)
+    assert bool(result.spares) == (name in ("gemma3-dense", "qwen35-dense"))
     assert {f"blk.0.{weight}.weight" for weight in gone} <= elided
     (nodes,) = run(PATCHED, {"run": "graph", "model": result.output, "tokens": {"count": 3, "seed": 2}})
     read = {operand for _, _, operands, *_ in nodes for operand in operands}
     assert not read & elided
     assert "firstlayer.0.table" in read
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_gathers(threads, smollm, smollm_flp):
+    """From 4 MiB on, all threads look rows up. Fails if one of them takes the wrong rows, or none."""
+    context = {"n_ctx": 2048, "n_batch": 2048, "n_ubatch": 2048, "n_threads_batch": threads}
+    steps = [["decode", [[0], {"count": 1501, "seed": 1}, 16]]]
+    stock, ours = (
+        session(model, build, steps, context=context) for model, build in ((smollm, STOCK), (smollm_flp["f32"], PATCHED))
+    )
+    assert np.array_equal(stock[0], ours[0])
 
 
 def test_warmup_of_elided_experts(archs, tmp_path):

@@ -111,10 +111,12 @@ def test_loading(load, smollm, smollm_flp):
     assert same(session(smollm, STOCK, steps), session(smollm_flp["f32"], PATCHED, steps, load=load))
 
 
-def test_lazy_reading_of_an_elided_table(archs, tmp_path):
-    """Per-layer embeddings are read lazily, unless they went into a table: then only the table is."""
+def test_lazy_reading_of_a_replaced_table(archs, tmp_path):
+    """Per-layer embeddings are read lazily, as are the table that replaces them for tokens, and all other weights that only
+    images need.
+    """
     converted = convert(archs / "gemma4-dense.gguf", tmp_path / "flp.gguf", type="f32")
-    assert "per_layer_token_embd.weight" in {weight.name for weight in converted.elided}
+    assert "per_layer_token_embd.weight" in converted.spares
     steps = [["decode", [[0], random(20, 1)]]]
     ours = session(converted.output, PATCHED, steps, load={"lazy_mode": 2})
     assert same(session(converted.source, STOCK, steps), ours)
@@ -124,7 +126,7 @@ def test_lazy_reading_of_an_elided_table(archs, tmp_path):
         return re.findall(r"tensor (\S+) .*lazy read enabled", tool("llama-completion", *options, log=True))
 
     assert set(lazy(converted.source)) == {"per_layer_token_embd.weight"}
-    assert set(lazy(converted.output)) == {"firstlayer.0.table"}
+    assert set(lazy(converted.output)) == {"firstlayer.0.table", *converted.spares}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
