@@ -96,7 +96,7 @@ def examine(source: Path, folder: Path) -> Row:
         result.output.unlink()
 
     def names(weights: Iterable[str]) -> str:
-        return ", ".join(name.removesuffix(".weight").removeprefix("blk.0.") for name in sorted(weights))
+        return ", ".join(name.removeprefix("blk.0.") for name in sorted(name.removesuffix(".weight") for name in weights))
 
     kept = f"not read for tokens: {names(result.spares)}" if result.spares else ""
     return Row(

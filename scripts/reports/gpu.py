@@ -3,7 +3,8 @@
     python scripts/reports/gpu.py FOLDER [SECONDS]
 
 Models of published shapes with random weights are written and converted in the folder, so it needs some 20 GB. SECONDS is the
-time for each batch size of each model. Results go to FOLDER/gpu.json and FOLDER/gpu.md. scripts/test-gpu runs it.
+time for each batch size of each model. Results go to FOLDER/gpu.json and, as tables, to FOLDER/gpu.md. scripts/test-gpu runs
+it. docs/gpu.json is what it found, with a comparison of thread limits made by hand; docs/study.md shows it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study_page import gpu_tables
 
 from gguf_firstlayer import convert, paths, plan
 from gguf_firstlayer.c_api import library
@@ -81,7 +83,8 @@ def measure(name: str, kind: str, folder: Path, seconds: float) -> dict[str, Any
         "cached": {"path": source, "cache": 64.0},
         "constants": {"path": converted, "constants": True},
     }
-    taken, logs = {}, {}
+    taken: dict[str, int] = {}
+    logs: dict[str, Any] = {}
     os.environ["GGML_SCHED_DEBUG"] = "1"
     n_ctx = max(BATCHES) + 64
     for variant, options in variants.items():
@@ -89,7 +92,7 @@ def measure(name: str, kind: str, folder: Path, seconds: float) -> dict[str, Any
         with Decoder(n_ctx=n_ctx, n_batch=max(BATCHES), n_threads=THREADS, **options) as run:
             run.time([1] * 8, 1)
             taken[variant] = memory() - before
-        logs[variant] = last_graph(logs[variant])
+        logs[variant] = len(last_graph(logs[variant]))
     del os.environ["GGML_SCHED_DEBUG"]
 
     rng = random.Random(0)
@@ -125,7 +128,7 @@ def measure(name: str, kind: str, folder: Path, seconds: float) -> dict[str, Any
         "device_change": expected.accelerator_change,
         "seconds_to_make": made,
         "device_mib": taken,
-        "splits": logs,
+        "parts": logs,
         "cells": cells,
     }
     source.unlink()
@@ -139,54 +142,17 @@ def expected_vocab(source: Path) -> int:
         return run.n_vocab
 
 
-def page(device: str, results: list[dict[str, Any]]) -> str:
-    """The results as a page."""
-    lines = [
-        f"# On {device}",
-        "",
-        "Speed relative to the source, with 95 % intervals over loads. *Ceiling*: constants instead of lookups.",
-        "",
-        "| model | batch | source, tokens/s | converted | row cache | ceiling |",
-        "|---|---:|---:|---|---|---|",
-    ]
-    for result in results:
-        for cell in result["cells"]:
-            shown = ["{:.4f} [{:.4f}, {:.4f}]".format(*cell[variant]) for variant in ("converted", "cached", "constants")]
-            lines.append(
-                f"| {result['model']} {result['type']} | {cell['batch']} | {cell['source']:,.0f} | {' | '.join(shown)} |"
-            )
-    lines += [
-        "",
-        "| model | device memory, MiB: source | converted | row cache | bound, decode | prefill |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for result in results:
-        mib = [str(result["device_mib"][variant]) for variant in ("source", "converted", "cached")]
-        lines.append(
-            f"| {result['model']} | {' | '.join(mib)} | {result['decode_bound']:.4f} | {result['prefill_bound']:.4f} |"
-        )
-    lines += [
-        "",
-        *(
-            f"{r['model']}: {name}: {len(log)} parts of the graph"
-            for r in results
-            for name, log in r["splits"].items()
-            if name != "constants"
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main(folder: Path, seconds: float) -> None:
     """Measure all models, and write what there is after each."""
     folder.mkdir(parents=True, exist_ok=True)
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     device = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     results = []
     for name, kind in MODELS.items():
         results.append(measure(name, kind, folder, seconds))
-        (folder / "gpu.json").write_text(json.dumps({"device": device, "models": results}, indent=1) + "\n")
-        (folder / "gpu.md").write_text(page(device, results))
+        found = {"device": device, "threads": THREADS, "models": results}
+        (folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "gpu.md").write_text(gpu_tables(found))
         print((folder / "gpu.md").read_text(), flush=True)
 
 

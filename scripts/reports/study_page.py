@@ -278,9 +278,44 @@ def count_section(results: dict[str, Result]) -> str:
     return rows(head, *lines)
 
 
+def gpu_tables(found: Result) -> str:
+    """What scripts/reports/gpu.py measured."""
+
+    def shown(cell: Result, variant: str) -> str:
+        value = cell[variant]
+        return interval(dict(zip(("value", "low", "high"), value, strict=True))) if value else "not measured"
+
+    speeds = [["model", "tokens", "source, tokens/s", "with tables", "with a row cache", "ceiling"]]
+    needs = [["model", "bounds: bytes, multiplications", "memory of the source, MiB", "with tables", "with a row cache"]]
+    for model in found["models"]:
+        name = f"{model['model']}, {model['type']}"
+        for cell in model["cells"]:
+            ratios = [shown(cell, variant) for variant in ("converted", "cached", "constants")]
+            speeds.append([name, f"{cell['batch']:,}", f"{cell['source']:,.0f}", *ratios])
+        taken = [f"{model['device_mib'][variant]:,}" for variant in ("source", "converted", "cached")]
+        needs.append([name, f"{model['decode_bound']:.3f}, {model['prefill_bound']:.3f}", *taken])
+    return rows(*speeds) + "\n" + rows(*needs)
+
+
+def gather_table(us: dict[str, dict[str, int]]) -> str:
+    """Microseconds of a prompt, by the size from which on all threads look up."""
+    sizes = list(us["source"])
+    limits = {key: f"tables, threads from {size_text(int(key))} on" for key in us if key != "source"}
+    limits[max(limits, key=int)] = "tables, one thread"
+    names = {"source": "source"} | limits
+    return rows(["tokens", *sizes], *([name, *(f"{us[key][size]:,}" for size in sizes)] for key, name in names.items()))
+
+
 def page(results: dict[str, Result]) -> str:
     where, of_draft = results["machine"], results["draft"]
+    gpu = json.loads((DOCS / "gpu.json").read_text())
     parts = {
+        "gpu": gpu_tables(gpu),
+        "gpu_device": gpu["device"],
+        "gpu_threads": gpu["threads"],
+        "gpu_commit": gpu["commit"],
+        "gpu_date": gpu["date"],
+        "gpu_gather": gather_table(gpu["gather"]["us"]),
         "machine": f"{where['processors']} processors ({where['processor']}), {where['memory']},\n{where['system']}",
         "commit": where["commit"],
         "date": where["date"],
