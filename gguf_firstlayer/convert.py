@@ -271,6 +271,7 @@ def summary(result: Conversion) -> str:
     verb = "comes" if len(result.sites) == 1 else "come"
     listed = ", ".join([*(weight.name for weight in result.elided[:LISTED]), *["..."][: len(result.elided) > LISTED]])
     slowest = min(result.devices, key=lambda device: device.decode)
+    on_gpu = f"on a GPU that holds all layers: {slowest.decode:.3f} on an {slowest.device}"
     kept = "vectors as input need them" if result.spares else option("keep_weights", True)
     lines = [
         f"{names} of every token now {verb} from {count(len(result.tables), 'table')} of {size_text(table_bytes)}.",
@@ -281,11 +282,7 @@ def summary(result: Conversion) -> str:
         *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {files}",
         f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
-        *(
-            [f"slower on a GPU that holds all layers: {slowest.decode:.3f} on an {slowest.device}"]
-            if slowest.decode < 1
-            else []
-        ),
+        *([f"slower in decoding {on_gpu}"] if slowest.decode < 1 else []),
         f"wrote {result.output}",
         f'run it: {shlex.join(map(str, command))} -p "..."',
     ]
