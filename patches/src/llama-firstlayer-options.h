@@ -58,10 +58,11 @@ template <typename F> void llama_firstlayer_add_options(F && add_opt) {
 // -hf
 //
 
-// The path of a model's sidecar beside it; -hf user/repo:QUANT looks for "QUANT." or "QUANT-", so it does not take this for a model
+// The path of a model's sidecar beside it, "" if the model is not named like one. -hf user/repo:QUANT looks for "QUANT." or
+// "QUANT-", so even stock llama.cpp does not take this for a model
 inline std::string llama_firstlayer_sidecar(const std::string & model) {
     static const std::regex ending("(-[0-9]{5}-of-[0-9]{5})?\\.gguf$");
-    return std::regex_replace(model, ending, "_firstlayer.gguf");
+    return std::regex_search(model, ending) ? std::regex_replace(model, ending, "_firstlayer.gguf") : "";
 }
 
 inline bool llama_firstlayer_is_sidecar(const std::string & path) {

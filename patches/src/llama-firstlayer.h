@@ -270,9 +270,6 @@ struct llama_firstlayer {
     llama_firstlayer();
     ~llama_firstlayer();
 
-    llama_firstlayer(const llama_firstlayer &)             = delete;
-    llama_firstlayer & operator=(const llama_firstlayer &) = delete;
-
     struct table {
         std::string   suffix;                          // of the tensor name "firstlayer.<suffix>"
         ggml_tensor * tensor;                          // [row width, n_vocab]
