@@ -224,7 +224,6 @@ def test_verify(smollm, llama):
         verify(smollm)
 
 
-@pytest.mark.alone
 def test_bench(smollm):
     result = bench(smollm, cache=16, batches=[1], loads=2, seconds=0.5, resources=False)
     assert result.cache.rows == result.cache.misses > 0

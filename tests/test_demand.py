@@ -288,7 +288,6 @@ def test_verify(name, request):
         assert prompts.greedy == (None,) * 4
 
 
-@pytest.mark.alone
 def test_bench(smollm):
     prompt = bench(smollm, demand="rows", batches=[512], loads=2, seconds=1, resources=False)
     assert prompt.cells[0].bound == pytest.approx(plan(smollm).demand.prompt)

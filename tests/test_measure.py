@@ -42,8 +42,6 @@ from gguf_firstlayer.source import Source
 from gguf_firstlayer.timing import Load, Ratio, ratio
 from gguf_firstlayer.verify import summary as verify_summary
 
-pytestmark = pytest.mark.alone
-
 TEXT = ROOT / "docs" / "design.md"
 PATHS = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'scripts' / 'reports'}"}
 

@@ -44,7 +44,6 @@ def pythia(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.alone
 def test_transcript(pythia, monkeypatch):
     """Sizes and bounds match to the last digit; measured figures match in form."""
     (plan_cache, planned_cache), (measure_cache, measured_cache), *rest = transcript().items()

@@ -85,7 +85,6 @@ def test_unreachable_weights_are_not_loaded(tmp_path):
     assert plain - without > 0.8 * elided
 
 
-@pytest.mark.alone
 def test_verify_and_bench(smollm, sidecar):
     found = verify(smollm, sidecar, tokens=300)
     assert not found.problems
