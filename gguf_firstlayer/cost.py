@@ -283,6 +283,8 @@ def all_of_file(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
 
 def _with_spares(path: Path, *models: CostModel) -> list[CostModel]:
     """Cost models of a file with their spares, for which llama.cpp builds a graph that not every architecture has."""
+    if not any(model.elidable for model in models):
+        return list(models)
     with without_data(path) as whole:
         spares = find_spares(whole) or ()
     return [replace(model, spares=spares) for model in models]

@@ -75,7 +75,7 @@ def test_adapter_of_an_elided_weight(name, adapters, smollm_flp, llama_flp):
 STEPS = [["decode", [[0], {"count": 9, "seed": 1}]], ["embed", 9, 12, 2], ["decode", [[0], {"count": 5, "seed": 3}]]]
 
 
-@pytest.mark.parametrize("name", ["smollm", "gemma3-dense", "gemma4-dense", "command-r-dense", "mamba-dense"])
+@pytest.mark.parametrize("name", ["smollm", "gemma3-dense", "gemma4-dense", "qwen2vl-dense", "command-r-dense", "mamba-dense"])
 def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
     """Vectors, such as those of images, come between tokens: with the weights there, everything is as without rows."""
     source = smollm if name == "smollm" else archs / f"{name}.gguf"
@@ -89,21 +89,17 @@ def test_embeddings_as_input(name, archs, smollm, kept, tmp_path):
     assert all(map(np.array_equal, stock, ours))
 
 
-@pytest.mark.parametrize("kind", ["converted", "sidecar", "row cache"])
+@pytest.mark.parametrize("sidecar", [False, True])
 @pytest.mark.parametrize("name", ["gemma3-dense", "gemma4-dense", "qwen2vl-dense", "qwen3vl-dense", "qwen35-dense"])
-def test_images(name, kind, archs, tmp_path):
+def test_images(name, sidecar, archs, tmp_path):
     """Models that take images by design have what these need, without --keep-weights, and without loading it for tokens."""
     source = archs / f"{name}.gguf"
-    load = {}
-    if kind == "row cache":
-        converted = Cached(source)
-    else:
-        result = convert(source, tmp_path / "x.gguf", type="f32", sidecar=kind == "sidecar")
-        assert result.spares or kind == "sidecar"
-        converted, load = (source, {"sidecar": str(result.output)}) if kind == "sidecar" else (result.output, {})
+    result = convert(source, tmp_path / "x.gguf", type="f32", sidecar=sidecar)
+    assert bool(result.spares) != sidecar
+    model, load = (source, {"sidecar": str(result.output)}) if sidecar else (result.output, {})
     job = {"run": "session", "steps": STEPS}
     (stock,), (ours,) = both(
-        lambda side: run(side[0], job | {"model": side[1], "load": side[2]}), (STOCK, source, {}), (PATCHED, converted, load)
+        lambda side: run(side[0], job | {"model": side[1], "load": side[2]}), (STOCK, source, {}), (PATCHED, model, load)
     )
     assert all(map(np.array_equal, stock, ours))
 
