@@ -42,7 +42,8 @@ from gguf_firstlayer.source import Source
 from gguf_firstlayer.timing import Load, Ratio, ratio
 from gguf_firstlayer.verify import summary as verify_summary
 
-TEXT = ROOT / "docs" / "design.md"
+# of ordinary words: llama-perplexity takes the least probable tokens for more probable than they are
+TEXT = ROOT / "tests" / "prose.txt"
 PATHS = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'scripts' / 'reports'}"}
 
 
