@@ -12,7 +12,7 @@ ggml_tensor * llama_firstlayer_gather(ggml_context *     ctx,
                                       ggml_tensor *      index,
                                       ggml_backend_dev_t dev);
 
-// Do the same for a lookup that a graph has, in place. Nothing changes if that would send no fewer bytes to the device.
+// Do the same for a lookup that a graph has, in place. Nothing changes without a device, or if it cannot turn the type into F32.
 void llama_firstlayer_gather_in_place(ggml_context * ctx, ggml_tensor * lookup, ggml_backend_dev_t dev);
 
 // the node that reads the table, of a lookup or its copy; nullptr if t is neither

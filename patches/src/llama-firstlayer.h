@@ -81,7 +81,7 @@ LLAMA_API const char * llama_firstlayer_get_site_weight(const struct llama_first
 // Names of the weights that no graph of the model reads if all sites come from tables, NULL past the last
 LLAMA_API const char * llama_firstlayer_get_elidable(const struct llama_firstlayer_analysis * an, int32_t i);
 
-// Find the weights among these that batches of embeddings read in a model that is made for such batches: images, audio, hidden
+// Find the elidable weights that batches of embeddings read in a model that is made for such batches: images, audio, hidden
 // states. Its graph for them is then written otherwise than the one for tokens, or its positions have several axes. Returns their
 // number. Some architectures have no such graph, and abort the process.
 LLAMA_API int32_t llama_firstlayer_find_spares(struct llama_firstlayer_analysis * an);
