@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.c_api import library
-from gguf_firstlayer.decoder import InMemoryDecoder
+from gguf_firstlayer.decoder import TEXT_BYTES, InMemoryDecoder, held
 from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.memory import memory_limit
@@ -74,7 +74,7 @@ class Effects:
 
     Args:
         path, analysis: of the model
-        tokens: ids of a text, i32 [n]; by default, the built-in one
+        tokens: ids of a text, i32 [n]; by default, the built-in one. As many are used as memory is meant for (`TEXT_BYTES`)
         n_measured: roughly how often errors will be measured
 
     Attributes:
@@ -91,7 +91,7 @@ class Effects:
     def __init__(
         self, path: Path, analysis: Analysis, tokens: npt.NDArray[np.int32] | None = None, n_measured: int = 2
     ) -> None:
-        self.tokens = sample_tokens(analysis) if tokens is None else tokens
+        self.tokens = (sample_tokens(analysis) if tokens is None else tokens)[: held(TEXT_BYTES, analysis.n_vocab)]
         self.ids, self._counts = np.unique(self.tokens, return_counts=True)
         widths = [site.width for site in analysis.sites]
         rows = analysis.rows(self.ids)
@@ -273,7 +273,8 @@ def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes
     """
     default, _, _ = types(analysis.sites)
     memory = memory_limit()
-    if memory is not None and model.bytes > 0.75 * memory:
+    logits = 4 * analysis.n_vocab * min(N_TOKENS, held(TEXT_BYTES, analysis.n_vocab))
+    if memory is not None and model.bytes + 2 * logits > 0.75 * memory:
         return default, None, "the model needs more memory than there is"
     try:
         with Effects(model.path, analysis, n_measured=2 * len(analysis.sites) + 3) as effects:

@@ -18,9 +18,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import Caller, FirstLayerError
 from gguf_firstlayer.installation import load_backends, paths
 from gguf_firstlayer.start import STOPPING
+
+# kept here: the library does not copy it
+_BUS_ERROR = b"gguf-firstlayer: a file became shorter while it was read, or is gone; nothing was written, run this again\n"
 
 _LOG_LEVEL_ERROR = 4
 
@@ -156,6 +159,7 @@ class Library:
         floats, flag = ctypes.POINTER(ctypes.c_float), ctypes.c_bool
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
+            "llama_firstlayer_explain_bus_errors": (None, [text]),
             "llama_firstlayer_init": (handle, [text, i32, i32, flag]),
             "llama_firstlayer_init_on": (handle, [text, text, i32, i32, flag]),
             "llama_firstlayer_init_for_cache": (handle, [text, i32]),
@@ -193,6 +197,8 @@ class Library:
         for name, (result, arguments) in signatures.items():
             function = getattr(self.llama, name)
             function.restype, function.argtypes = result, arguments
+        if Caller.is_command_line:
+            self.llama.llama_firstlayer_explain_bus_errors(_BUS_ERROR)
 
         self.ggml.gguf_init_from_file.restype = handle
         self.ggml.gguf_init_from_file.argtypes = [text, _GGUFInitParams]

@@ -19,6 +19,15 @@ from gguf_firstlayer.runtime import Analysis
 Self = TypeVar("Self", bound="Decoder")
 
 
+# bytes that the logits of a text, and those of a batch, may take: vocabularies of more than half a million tokens reach that
+TEXT_BYTES, BATCH_BYTES = 1 << 30, 1 << 28
+
+
+def held(n_bytes: int, n_vocab: int) -> int:
+    """The number of tokens whose logits take no more than some bytes, at least 1."""
+    return max(1, n_bytes // (4 * n_vocab))
+
+
 class Decoder:
     """A model with its weights that decodes one text (`llama_firstlayer_run_init`). A context manager.
 
@@ -156,7 +165,7 @@ class InMemoryDecoder(Decoder):
     """
 
     def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:
-        super().__init__(path, n_ctx, _rows_of=analysis)
+        super().__init__(path, n_ctx, min(128, held(BATCH_BYTES, analysis.n_vocab)), _rows_of=analysis)
         columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
         self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
             self._library.llama.llama_firstlayer_run_rows(self.handle), (self.n_vocab, columns)

@@ -67,8 +67,7 @@ def _ratio(path: Path, pooling: str | None) -> float | None:
 
 def own_pooling(source: Source) -> str:
     """The pooling that a model was made for, or "last"."""
-    field = source.get_field(f"{source.architecture}.pooling_type")
-    number = field.contents() if field else None
+    number = source.value(f"{source.architecture}.pooling_type")
     return POOLINGS[number] if isinstance(number, int) and 0 < number < len(POOLINGS) else "last"
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
+from gguf_firstlayer.cost import CostModel, SiteTypes
 from gguf_firstlayer.demand import N_TOKENS
 from gguf_firstlayer.errors import UsageError
-
-if TYPE_CHECKING:  # whose plans hold a DevicePlan
-    from gguf_firstlayer.cost import CostModel, SiteTypes
 
 # seconds that a lookup on the host takes a decoded token besides its bytes, for its operation, its copy and its kernel there:
 # 13 to 21 microseconds with a GPU of type H200

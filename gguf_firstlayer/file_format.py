@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, ReaderField
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.runtime import Site
@@ -139,14 +140,14 @@ class Origin:
     """What is needed to restore the source of a converted file.
 
     Attributes:
-        size: in bytes
-        sha256: of the file, hexadecimal
-        header: the source's header without its keys: its first 24 bytes and its tensor infos
+        sizes: of its files, in bytes: one, or the parts of a split model
+        sha256: of the file, or of the parts one after the other, hexadecimal
+        headers: of each file, without the model's keys; see `Source.headers`
     """
 
-    size: int
+    sizes: list[int]
     sha256: str
-    header: bytes
+    headers: list[bytes]
 
 
 def table_name(i: int) -> str:
@@ -259,9 +260,14 @@ def metadata(
         ]
     if origin:
         keys += [
-            ("firstlayer.origin.bytes", origin.size, GGUFValueType.UINT64, None),
+            ("firstlayer.origin.bytes", sum(origin.sizes), GGUFValueType.UINT64, None),
             ("firstlayer.origin.sha256", origin.sha256, GGUFValueType.STRING, None),
-            array("origin.header", origin.header, GGUFValueType.UINT8),
+            array("origin.header", b"".join(origin.headers), GGUFValueType.UINT8),
+        ]
+    if origin and len(origin.sizes) > 1:
+        keys += [
+            array("origin.part.bytes", origin.sizes, GGUFValueType.UINT64),
+            array("origin.part.header", map(len, origin.headers), GGUFValueType.UINT64),
         ]
     if samples:
         keys += [
@@ -277,29 +283,54 @@ def is_sidecar(source: Source) -> bool:
 
 
 def read_spares(source: Source) -> list[str]:
-    """Names of the weights in a converted file that only batches of embeddings read."""
-    field = source.get_field("firstlayer.spare.name")
-    return [str(name) for name in field.contents()] if field else []
+    """Names of the weights in a converted file that only batches of embeddings read; none if the key is malformed."""
+    names = source.value("firstlayer.spare.name")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def read_origin(source: Source) -> Origin | None:
-    """What is needed to restore the source of a converted file, None if the file does not have it."""
-    size, sha256 = (source.get_field(f"firstlayer.origin.{name}") for name in ("bytes", "sha256"))
+    """What is needed to restore the source of a converted file, None if the file does not have it.
+
+    Raises:
+        FirstLayerError: the keys are malformed.
+    """
+    size, sha256 = (source.value(f"firstlayer.origin.{name}") for name in ("bytes", "sha256"))
     header = source.array_bytes("firstlayer.origin.header")
     if size is None or sha256 is None or not header:
         return None
-    return Origin(int(size.contents()), str(sha256.contents()), header)
+    parts = [source.value(f"firstlayer.origin.part.{name}") for name in ("bytes", "header")]
+    try:
+        sizes, lengths = (_integers(part or []) for part in parts)
+        if not any(parts):
+            sizes, lengths = _integers([size]), [len(header)]
+        ends = list(accumulate(lengths))
+        if len(sizes) != len(lengths) or min(sizes + lengths, default=0) < 24 or ends[-1] != len(header):
+            raise ValueError("sizes of the source's parts")
+    except (ValueError, TypeError) as err:
+        raise FirstLayerError(f"the firstlayer keys of the file are malformed ({err}); get the original model again") from err
+    return Origin(sizes, str(sha256), [header[end - n : end] for n, end in zip(lengths, ends, strict=True)])
 
 
 def read_measurement(source: Source) -> Measurement | None:
     """The measurement by which the types of a converted file's tables were chosen, None if there was none."""
-    values = [_number(source.get_field(f"firstlayer.measured.{field.name}")) for field in dataclasses.fields(Measurement)]
+    values = [_number(source.value(f"firstlayer.measured.{field.name}")) for field in dataclasses.fields(Measurement)]
     return Measurement(*values) if None not in values else None  # type: ignore[arg-type]
 
 
-def _number(field: ReaderField | None) -> int | float | None:
-    value = field.contents() if field else None
+def _number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) else None
+
+
+def _integers(values: Any) -> list[int]:
+    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+        raise ValueError("a list of whole numbers is expected")
+    return values
+
+
+def _strings(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("a list of texts is expected")
+    return values
 
 
 def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
@@ -308,15 +339,15 @@ def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
     Raises:
         FirstLayerError: the keys are malformed, or of an unknown version.
     """
-    version = source.get_field(KEY_VERSION)
+    version = source.value(KEY_VERSION)
     if version is None:
         return [], [], []
-    if version.contents() != VERSION:
-        raise FirstLayerError(f"the file has {KEY_VERSION} {version.contents()}, but this program reads {VERSION}; update it")
+    if version != VERSION:
+        raise FirstLayerError(f"the file has {KEY_VERSION} {version}, but this program reads {VERSION}; update it")
 
     def values(key: str) -> list[Any]:
-        field = source.get_field(f"firstlayer.{key}")
-        return list(field.contents()) if field else []
+        check = _strings if key.endswith(("name", "recipe", "fingerprint")) else _integers
+        return check(source.value(f"firstlayer.{key}") or [])
 
     try:
         columns = [values(f"site.{key}") for key in ("name", "recipe", "width", "table", "column", "fingerprint")]

@@ -108,8 +108,7 @@ def parse_cache(text: str) -> float:
 
 def context_length(model: Source) -> int:
     """Context length that a model was trained for; beyond it, llama.cpp may abort."""
-    field = model.get_field(f"{model.architecture}.context_length")
-    length = field.contents() if field else None
+    length = model.value(f"{model.architecture}.context_length")
     return length if isinstance(length, int) and length > 0 else 1 << 31
 
 

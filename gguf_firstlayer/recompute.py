@@ -16,6 +16,8 @@ from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 
 N_ROWS = 64
+# that are recomputed at once
+CHUNK = 4096
 # allowed error of a row: relative to the row, for products with 8-bit activations in other kernels, plus relative to the
 # rounding error of the recomputed row
 ROW_ERROR, ROW_ROUNDING = 0.02, 1.5
@@ -33,20 +35,42 @@ def foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: 
     return []
 
 
-def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> tuple[int, float, list[str]]:
-    """Recompute some rows.
+def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site], every: bool) -> tuple[int, float, list[str]]:
+    """Recompute all rows, or some at random: which ones, nobody who made the file can know.
 
     Returns:
         Their number, the share that is the same bit for bit, and the problems.
     """
+    tokens = np.unique(np.append(np.random.default_rng().integers(0, analysis.n_vocab, N_ROWS), [0, analysis.n_vocab - 1]))
+    chunks = np.array_split(np.arange(analysis.n_vocab), -(-analysis.n_vocab // CHUNK)) if every else [tokens]
+    same, wrong = 0, dict[str, npt.NDArray[np.int64]]()
     placed, tables, _ = file_format.read(file)
-    random = np.random.default_rng(0)
-    tokens = np.unique(np.append(random.integers(0, analysis.n_vocab, N_ROWS), [0, analysis.n_vocab - 1]))
+    for chunk in chunks:
+        identical, differ = _check_rows(analysis, file, placed, tables, by_recipe, chunk)
+        same += identical
+        for name, some in differ.items():
+            wrong[name] = np.append(wrong.get(name, some[:0]), some)
+    n_rows = sum(map(len, chunks))
+    if not wrong:
+        return n_rows, same / n_rows, []
+    told = "; ".join(f"{name} of {len(some)} tokens, such as {some[0]}" for name, some in wrong.items())
+    return n_rows, same / n_rows, [f"of {n_rows} rows recomputed, some differ from the tables: {told}; convert again"]
+
+
+def _check_rows(
+    analysis: Analysis,
+    file: Source,
+    placed: Sequence[file_format.StoredSite],
+    tables: Sequence[file_format.Table],
+    by_recipe: dict[str, Site],
+    tokens: npt.NDArray[np.int64],
+) -> tuple[int, dict[str, npt.NDArray[np.int64]]]:
+    """The number of rows that are the same bit for bit, and for sites that differ, the tokens for which they do."""
     rows = analysis.rows(tokens)
     ends = np.cumsum([site.width for site in analysis.sites])
     exact = {site.recipe: rows[:, end - site.width : end] for site, end in zip(analysis.sites, ends.tolist(), strict=True)}
 
-    wrong, same, problems = [], np.ones(len(tokens), bool), []
+    wrong, same = {}, np.ones(len(tokens), bool)
     for i, table in enumerate(tables):
         data = np.frombuffer(file.data(table.name), np.uint8).reshape(table.rows, -1)[tokens]
         for site in placed:
@@ -67,10 +91,8 @@ def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site]) -> 
                 allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounding, axis=1)
                 bad = ~(np.linalg.norm(back - exact[site.recipe], axis=1) <= allowed)
             if bad.any():
-                wrong.append(f"{site.name} of {bad.sum()} tokens, such as {tokens[bad][0]}")
-    if wrong:
-        problems.append(f"of {len(tokens)} rows recomputed, some differ from the tables: {'; '.join(wrong)}; convert again")
-    return len(tokens), float(same.mean()), problems
+                wrong[site.name] = tokens[bad]
+    return int(same.sum()), wrong
 
 
 def added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gguf_firstlayer.c_api import CSite, CUse, library, undisturbed
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.text import count
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Analysis:
             F32 [n, sum of the widths], the sites side by side in their order.
 
         Raises:
-            FirstLayerError: an id is out of range, or memory runs out.
+            FirstLayerError: an id is out of range, memory runs out, or a value is not finite.
         """
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
@@ -173,6 +174,14 @@ class Analysis:
             status = self._library.llama.llama_firstlayer_eval(self.handle, ids.ctypes.data, len(ids), out.ctypes.data)
         if status != 0:
             raise FirstLayerError(f"the first layer cannot be computed: {self._library.error()}")
+        ends = np.cumsum([site.width for site in self.sites]).tolist()
+        for site, end in zip(self.sites, ends, strict=True):
+            bad = ~np.isfinite(out[:, end - site.width : end]).all(axis=1)
+            if bad.any():
+                raise FirstLayerError(
+                    f"{site.name} is not finite for {count(int(bad.sum()), 'token')}, such as {ids[bad][0]}: there are NaN or"
+                    f" infinite values in {', '.join(site.weights)}, or a parameter of the model is wrong; get the model again"
+                )
         return out
 
     def close(self) -> None:
@@ -197,11 +206,13 @@ def analyse(path: Path, device: str | None = None) -> Analysis:
     """
     if device is not None:
         _check_server(device)
-    spares = find_spares(path, load_vocab=True)
-    if spares is None:
+    try:
+        spares = isolated(partial(_find_spares, True), path)
+    except FirstLayerError:  # perhaps llama.cpp aborted on a graph that embeds
+        spares = ()
         isolated(_try_analysis, path)
     analysis = Analysis(path, device=device)
-    analysis.spares = spares or ()
+    analysis.spares = spares
     return analysis
 
 
@@ -216,21 +227,26 @@ def _check_server(device: str) -> None:
         raise FirstLayerError(f"there is no device '{device}': no RPC server answers ({err})") from err
 
 
-def find_spares(path: Path, load_vocab: bool = False) -> tuple[str, ...] | None:
+def find_spares(path: Path) -> tuple[str, ...] | None:
     """`Analysis.spares` of a model file, found in a child process; None if llama.cpp cannot load the model, or aborts.
 
     Some architectures take no vectors, and llama.cpp aborts while it builds such a graph of them.
     """
     try:
-        return isolated(partial(_find_spares, load_vocab), path)
+        return isolated(partial(_find_spares, False), path)
     except FirstLayerError:
         return None
 
 
-def _find_spares(load_vocab: bool, path: Path) -> tuple[str, ...]:
-    with Analysis(path, load_vocab=load_vocab) as analysis:
+def _find_spares(for_rows: bool, path: Path) -> tuple[str, ...]:
+    """The spares; for rows, with the vocabulary, and after trying to compute one."""
+    with Analysis(path, load_vocab=for_rows) as analysis:
+        if for_rows and analysis.sites:
+            analysis.rows([0])
         return analysis.find_spares()
 
 
 def _try_analysis(path: Path) -> None:
-    Analysis(path).close()
+    with Analysis(path) as analysis:
+        if analysis.sites:
+            analysis.rows([0])

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.cost import CostModel, SitePlan, SiteTypes, price
+from gguf_firstlayer.cost import CostModel, SiteTypes
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.estimate import SitePlan, price
 from gguf_firstlayer.runtime import Site
 from gguf_firstlayer.text import count, size_text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,15 +14,16 @@ import numpy.typing as npt
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.c_api import RowCache
-from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.decoder import TEXT_BYTES, Decoder, held
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.recompute import added, check_rows, foreign
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
-from gguf_firstlayer.text import count, log, to_json
+from gguf_firstlayer.text import count, log, show
 
 FAILURE = 2
 
@@ -31,8 +31,10 @@ N_TOKENS = 4096
 # tokens of a chunk of the text; its second half is scored, as in llama-perplexity
 CHUNK = 512
 
-# nats that tables may add to the mean KL divergence if the file does not say for which bound its types were chosen
+# nats that tables may add to the mean KL divergence, if the caller does not say, nor the file something stricter
 MAX_KLD = 1e-2
+# nats by which the output may differ in all, even by chance
+MAX_EXCESS = 1e-2
 # standard errors by which a run may differ more than its tables explain
 CHANCE = 3
 
@@ -114,19 +116,21 @@ class Verification:
 
 
 def verify(
-    source: str | os.PathLike[str],
-    converted: str | os.PathLike[str] | None = None,
+    source: ModelName,
+    converted: ModelName | None = None,
     *,
     cache: float | str | None = None,
     demand: str | None = None,
     pooling: str | None = None,
     text: str | None = None,
     tokens: int | None = None,
+    max_kld: float | None = None,
+    all_rows: bool = False,
 ) -> Verification:
     """Compare a converted file with the model it was made from, or a model with a row cache, or demand, with itself without.
 
     Args:
-        source: GGUF file; of a split model, the first part
+        source: GGUF file, or what `hub.local` takes; of a split model, the first part
         converted: likewise; or a sidecar, which is run with the source
         cache: instead of a converted file: MiB for a row cache of the source, or "auto"
         demand: instead: what is read, "rows" or "embeddings": the rest is left out. With "rows", prompts of the text are scored
@@ -134,21 +138,25 @@ def verify(
         pooling: of these embeddings, one of `demand.POOLINGS`; by default the model's own, or "last"
         text: the text to run both models over; a built-in sample by default
         tokens: how many tokens of the text to use at most; N_TOKENS by default
+        max_kld: nats that tables may add to the mean KL divergence; by default MAX_KLD, or what the file states if that is less
+        all_rows: recompute all rows of the tables, not only some at random
 
     Raises:
-        UsageError: the number of tokens is not positive.
+        UsageError: the number of tokens, or of nats, is not positive.
         FirstLayerError: a file cannot be read or run, or is of the wrong kind; or the text is too short.
     """
     if tokens is not None and tokens < 1:
         raise UsageError(f"{tokens} is not a valid number of tokens; give at least 1")
+    if max_kld is not None and not 0 < max_kld < math.inf:
+        raise UsageError(f"{max_kld} is not a bound on the KL divergence; give a number of nats like 1e-4")
     check_demand(demand, pooling)
     if sum(choice is not None for choice in (converted, cache, demand)) != 1:
         raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
     if demand is not None:
-        return _verify_demand(Path(source), demand, pooling, text, tokens)
+        return _verify_demand(local(source), demand, pooling, text, tokens)
     if converted is None:
-        return _verify_cache(Path(source), parse_cache(str(cache)), text, tokens)
-    model, tables, files = open_pair(Path(source), Path(converted))
+        return _verify_cache(local(source), parse_cache(str(cache)), text, tokens)
+    model, tables, files = open_pair(local(source), local(converted))
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
@@ -156,12 +164,13 @@ def verify(
         if problems:
             return Verification(model.path, tables.path, problems)
         ids, begin = _text_tokens(analysis, text, tokens)
-        n_rows, same, problems = check_rows(analysis, tables, by_recipe)
+        n_rows, same, problems = check_rows(analysis, tables, by_recipe, all_rows)
         kld_of_tables = added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
     measurement = file_format.read_measurement(tables)
-    bound = measurement.max_kld if measurement and math.isfinite(measurement.max_kld) else MAX_KLD
-    chunk = min(CHUNK, len(ids) // 2, context_length(model))
+    stated = measurement.max_kld if measurement and measurement.max_kld > 0 else MAX_KLD
+    bound = max_kld or min(stated, MAX_KLD)
+    chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     with Files((model,)).open(chunk, chunk) as one, files.open(chunk, chunk) as other:
         scores = Scores()
         scores.run(one, other, ids, begin, chunk)
@@ -175,6 +184,10 @@ def verify(
     elif excess - CHANCE * excess_error > bound:
         problems.append(
             f"the output differs by {excess:.1e} ± {excess_error:.1e} nats more than the tables explain: please report this"
+        )
+    elif excess > max(bound, MAX_EXCESS):
+        problems.append(
+            f"the output differs by {excess:.1e} ± {excess_error:.1e} nats: give a longer text, to tell whether by chance"
         )
     return Verification(
         model.path,
@@ -195,7 +208,7 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
     model, files = open_cached(source, cache)
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
-    chunk = min(CHUNK, len(ids) // 2, context_length(model))
+    chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     scores, caches, problems = Scores(), list[RowCache](), list[str]()
     with Files((model,)).open(chunk, chunk) as one:
         while len(caches) < 2:
@@ -224,7 +237,7 @@ def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | Non
         raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
-    longest = min(CHUNK, len(ids) // 2, context_length(model))
+    longest = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)
     if demand == EMBEDDINGS:
         pooling = pooling or own_pooling(model)
@@ -345,13 +358,17 @@ def summary(result: Verification) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
-    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
-    parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
+    parser.add_argument("source", type=model_name, metavar="SOURCE.gguf")
+    parser.add_argument("converted", type=model_name, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
     parser.add_argument("--demand", metavar="WHAT", help=f"instead, {HELP}")
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")
     parser.add_argument("--tokens", type=int, metavar="N", help=f"use at most N tokens of the text (default: {N_TOKENS})")
+    parser.add_argument(
+        "--max-kld", type=float, metavar="NATS", help=f"KL divergence that tables may add (default: {MAX_KLD:g}, or the file's)"
+    )
+    parser.add_argument("--all", action="store_true", help="recompute all rows of the tables, not only some at random")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -373,6 +390,8 @@ def main(args: argparse.Namespace) -> int:
         pooling=args.pooling,
         text=text,
         tokens=args.tokens,
+        max_kld=args.max_kld,
+        all_rows=args.all,
     )
-    print(to_json(result) if args.json else summary(result))
+    show(result, args.json, summary)
     return 1 if result.problems else 0

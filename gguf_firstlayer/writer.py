@@ -78,8 +78,8 @@ def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_
     origin = samples = None
     if contents.is_sidecar:
         samples = _samples(contents, analysis)
-    elif len(model.parts) == 1:
-        origin = file_format.Origin(model.bytes, model.sha256(), model.header())
+    else:
+        origin = file_format.Origin([len(reader.data) for reader in model.parts], model.sha256(), model.headers())
     for key in file_format.metadata(contents.sites, contents.elided, contents.spares, measurement, origin, samples):
         writer.add_key_value(*key)
     for tensor in contents.kept:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
+import json
+import math
 import os
 import pty
 import random
@@ -23,13 +26,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from support.builds import PATCHED, ROOT, STOCK, compare, run
 from support.command_line import cli, refusal
 from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError
+from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.output import replacing
+from gguf_firstlayer.runtime import Analysis
 
 
 def digest(path: Path) -> str:
@@ -106,6 +111,71 @@ def test_output_exists(llama, tmp_path):
     assert output.stat().st_size > 1000
 
 
+def test_output_appears_meanwhile(tmp_path, monkeypatch):
+    """Of two conversions to one name, one succeeds. Without links, as on FAT, the name is looked for last."""
+
+    def write(output: Path, *parts: str) -> None:
+        with replacing(output, force=False) as temporary:
+            for name in parts:
+                temporary.with_name(name).write_text("ours")
+            (tmp_path / parts[0]).write_text("of another conversion")
+
+    def refuse(*_):
+        raise PermissionError
+
+    parts = "y-00001-of-00002.gguf", "y-00002-of-00002.gguf"
+    for output, names in ((tmp_path / "x.gguf", ["x.gguf"]), (tmp_path / "y.gguf", parts), (tmp_path / "z.gguf", ["z.gguf"])):
+        if output.name == "z.gguf":
+            monkeypatch.setattr(os, "link", refuse)
+        with pytest.raises(FirstLayerError, match="exists; replace it with force=True"):
+            write(output, *names)
+        assert (tmp_path / names[0]).read_text() == "of another conversion"
+    assert sorted(os.listdir(tmp_path)) == ["x.gguf", parts[0], "z.gguf"]
+
+
+@pytest.mark.parametrize("how", ["replaced", "written", "grown", "removed", "truncated"])
+def test_source_changes(how, smollm, tmp_path, monkeypatch):
+    """While it is read: the output would be of neither model."""
+    source = Path(shutil.copy(smollm, tmp_path / "x.gguf"))
+    rows = Analysis.rows
+
+    def change(*arguments):
+        monkeypatch.setattr(Analysis, "rows", rows)
+        result = rows(*arguments)
+        if how == "replaced":
+            shutil.copy(source, tmp_path / "other")
+            os.replace(tmp_path / "other", source)
+        elif how == "removed":
+            source.unlink()
+        elif how == "truncated":
+            os.truncate(source, source.stat().st_size - 4096)
+        else:
+            with source.open("r+b" if how == "written" else "ab") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"x")
+        return result
+
+    monkeypatch.setattr(Analysis, "rows", change)
+    with pytest.raises(FirstLayerError, match="changed while it was read"):
+        convert(source, tmp_path / "x-flp.gguf", type="q8_0")
+    assert sorted(os.listdir(tmp_path)) == ([] if how == "removed" else ["x.gguf"])
+
+
+@pytest.mark.parametrize("megabytes", [0, 20])
+def test_source_is_truncated(megabytes, smollm, tmp_path):
+    """When it is mapped and read, which would end it by a signal, and when it is copied, where the system reports an error."""
+    source = Path(shutil.copy(smollm, tmp_path / "x.gguf"))
+    command = [sys.executable, "-m", "gguf_firstlayer", "convert", source, "--type", "q8_0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while written(tmp_path) < megabytes << 20:
+            assert process.poll() is None, process.stderr.read()
+        os.truncate(source, 10 << 20)
+        _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert re.search("gguf-firstlayer: .*(became shorter|was truncated) while it was read", errors.splitlines()[-1])
+    assert not (tmp_path / "x-flp.gguf").exists()
+
+
 def test_output_is_source(llama, tmp_path):
     source = tmp_path / "x.gguf"
     shutil.copy(llama, source)
@@ -143,6 +213,78 @@ def test_disk_is_checked_before_computing(llama, tmp_path, monkeypatch):
         with pytest.raises(FirstLayerError, match="free"):
             convert(llama, tmp_path / "x.gguf", type=kind)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "iq2_xs", "auto"])
+def test_values_that_are_not_finite(kind, value, llama, tmp_path):
+    """Some quantizers abort on them, others write tables of NaN. The message names the weight."""
+
+    def spoil(name, data):
+        if name != "blk.0.attn_k.weight":
+            return data
+        data = data.copy()
+        data[3, 5] = value
+        return data
+
+    source = rewrite(llama, tmp_path / "nan.gguf", change_tensor=spoil)
+    done = cli("convert", source, "-o", tmp_path / "x.gguf", "--type", kind)
+    assert re.search(r"Kcur-0 is not finite for \d+ tokens?, such as \d+: .*blk.0.attn_k.weight", refusal(done))
+    assert os.listdir(tmp_path) == ["nan.gguf"]
+
+
+T = GGUFValueType
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split.count", (float("nan"), T.FLOAT32)),
+        ("split.count", ([2, 3], T.ARRAY, T.UINT16)),
+        ("split.no", ("one", T.STRING)),
+        ("general.architecture", (b"ll\xffma", T.STRING)),
+        ("firstlayer.site.width", (["256", "256", "256"], T.ARRAY, T.STRING)),
+        ("firstlayer.site.recipe", ([1, 2, 3], T.ARRAY, T.UINT32)),
+        ("firstlayer.version", ([1], T.ARRAY, T.UINT32)),
+    ],
+)
+def test_keys_of_other_types(key, value, llama_flp, tmp_path):
+    path = rewrite(llama_flp, tmp_path / "x.gguf", keys={key: value})
+    for verb in ("inspect", "revert"):
+        message = refusal(cli(verb, path))
+        assert "malformed" in message or "no whole number" in message or "update it" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("firstlayer.origin.bytes", ("many", T.STRING)),
+        ("firstlayer.origin.bytes", (float("inf"), T.FLOAT32)),
+        ("firstlayer.origin.part.bytes", ([30, -1], T.ARRAY, T.INT64)),
+        ("firstlayer.origin.part.header", ([1 << 40], T.ARRAY, T.INT64)),
+    ],
+)
+def test_origin_of_other_types(key, value, llama, llama_flp, tmp_path):
+    path = rewrite(llama_flp, tmp_path / "x.gguf", keys={key: value})
+    assert "malformed" in refusal(cli("revert", path, "--source", llama, "-o", tmp_path / "y.gguf"))
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_control_characters_do_not_reach_the_terminal(llama, llama_flp, tmp_path):
+    names = ["\x1b]0;owned\x07", "\x9b31m", "plain"]
+    path = rewrite(llama_flp, tmp_path / "x.gguf", keys={"firstlayer.site.name": (names, T.ARRAY, T.STRING)})
+    done = cli("inspect", path)
+    assert done.returncode == 0, done.stderr
+    assert r"\x1b]0;owned\x07" in done.stdout
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.stdout + done.stderr)
+    other = rewrite(llama, tmp_path / "y.gguf", keys={"general.architecture": ("\x1b[31mred", T.STRING)})
+    assert r"\x1b[31mred" in refusal(cli("convert", other))
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(llama_flp, tmp_path):
+    keys = {f"firstlayer.measured.{field.name}": (math.nan, T.FLOAT32) for field in dataclasses.fields(Measurement)}
+    done = cli("inspect", rewrite(llama_flp, tmp_path / "x.gguf", keys=keys), "--json")
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["measurement"]["kld"] is None
 
 
 def test_disk_fills_up(llama, tmp_path):
@@ -259,7 +401,7 @@ def test_nohup_is_obeyed(llama, tmp_path):
 
 def test_folders_of_living_processes_stay(llama, tmp_path):
     """Only folders that nobody has locked are abandoned."""
-    alive = replacing(tmp_path / "x.gguf")
+    alive = replacing(tmp_path / "x.gguf", force=True)
     part = alive.__enter__()
     part.write_text("in the middle of it")
     (tmp_path / ".x.gguf.dead.part").mkdir()
@@ -371,7 +513,9 @@ def first(values, value):
         ("firstlayer.site.table", lambda values: first(values, 7), "is in table 7"),
         ("firstlayer.site.column", lambda values: first(values, 4000), "columns 4000 to"),
         ("firstlayer.site.width", lambda values: first(values, 0), "columns 0 to 0"),
-        ("firstlayer.site.width", lambda values: first(values, 4), "no node of the graph matches the recipe"),
+        ("firstlayer.site.width", lambda values: first(values, 4), "overlap, or have gaps"),
+        ("firstlayer.site.column", lambda values: first(values, values[1]), "overlap, or have gaps"),
+        ("firstlayer.site.column", lambda values: first(values, 2), "overlap, or have gaps"),
         ("firstlayer.site.width", lambda values: values[1:], "elements, expected"),
         ("firstlayer.site.recipe", lambda values: first(values, "mul_mat(a, b)"), "no node of the graph matches the recipe"),
         ("firstlayer.elided.type", lambda values: first(values, 9999), "invalid name, type or shape"),
@@ -453,7 +597,8 @@ def test_model_tells_what_it_uses(llama, llama_flp, tmp_path):
     plain, converted, partly = run(PATCHED, *jobs)
     assert plain == []
     assert converted == expected
-    assert [used for *_, used in partly] == [False, True, True]
+    # a table is used whole or not at all
+    assert [used for *_, used in partly] == [False, False, False]
 
 
 def test_embeddings_as_input(llama, llama_flp, tmp_path):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from gguf import GGUFReader
-from support.command_line import cli, refusal
+from support.command_line import cli, refusal, split
 from support.models import convert
 
 from gguf_firstlayer import FirstLayerError, revert
@@ -24,6 +24,22 @@ def test_of_parts(smollm, tmp_path):
     """llama-gguf-split rewrites the keys, and lays the tensors out differently."""
     converted = convert(smollm, tmp_path / "x.gguf", keep_weights=True, split_max_size="60M").output
     assert revert(converted, tmp_path / "back.gguf").output.read_bytes() == smollm.read_bytes()
+
+
+def test_to_parts(smollm, tmp_path):
+    """Of a split model, all parts come back; oracle: those that llama.cpp's own tool wrote."""
+    parts = split(smollm, tmp_path / "x", "--split-max-tensors", "100")
+    converted = convert(parts[0], keep_weights=True).output
+    folder = tmp_path / "back"
+    folder.mkdir()
+    result = revert(converted, folder / "y.gguf")
+    names = [part.name.replace("x-", "y-") for part in parts]
+    assert sorted(os.listdir(folder)) == names
+    assert result.output.name == names[0]
+    for part, name in zip(parts, names, strict=True):
+        assert (folder / name).read_bytes() == part.read_bytes()
+    assert result.output_bytes == sum(part.stat().st_size for part in parts)
+    assert "exists" in refusal(cli("revert", converted, "-o", folder / "y.gguf"))
 
 
 def test_elided_weights(llama, smollm, tmp_path):

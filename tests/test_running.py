@@ -19,6 +19,7 @@ from gguf import GGUFReader, GGUFWriter, PoolingType
 from support.builds import PATCHED, ROOT, STOCK, Cached, CachedAndDemanded, Demanded, Optional, both, compare, same, session
 from support.command_line import tool
 from support.models import convert
+from support.projector import picture, write_projector
 from support.servers import Requests, prompt, serve, server
 
 FILE = ROOT / "tests" / "text.txt"
@@ -428,6 +429,41 @@ def test_server(name, smollm, ours):
         assert all(answer["timings"]["cache_n"] > 20 for answer in source[1:])
     if name == "context shift":
         assert flat[0]["timings"]["predicted_n"] == 120
+
+
+@pytest.mark.parametrize("kind", ["kept weights", "sidecar", "row cache"])
+def test_pictures(kind, smollm, tmp_path):
+    """Text comes from rows and pictures are computed, in one conversation, through a projector (mtmd).
+
+    Fails if weights that pictures need are not there, or if a row is looked up for a picture's position.
+    """
+    options: list[object] = ["-np", 1, "-c", 1024, "--mmproj", write_projector(tmp_path, 576)]
+    model: Path = Cached(smollm)
+    if kind != "row cache":
+        model = convert(smollm, tmp_path / "x.gguf", type="f32", keep_weights=True, sidecar=kind == "sidecar").output
+    extra: list[object] = []
+    if kind == "sidecar":
+        model, extra = smollm, ["--firstlayer", model]
+
+    def ask(*parts: str) -> tuple[str, Any]:
+        content = [
+            {"type": "image_url", "image_url": {"url": part}} if part.startswith("data:") else {"type": "text", "text": part}
+            for part in parts
+        ]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0, "logprobs": True}
+        return "/v1/chat/completions", body
+
+    one, two = picture(1), picture(2)
+    requests = [
+        ask("Hello"),
+        ask("What is it?", one, "Say it."),
+        ask("What is it?", two, "Say it."),
+        ask(one, two),
+        ask("Hello"),
+    ]
+    source, ours = both(lambda side: serve(side[0], requests, *options, *side[1]), (smollm, []), (model, extra))
+    assert source == ours
+    assert source[1]["choices"] != source[2]["choices"]
 
 
 def test_slots_join_and_leave(smollm, ours):

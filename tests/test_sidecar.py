@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from support.builds import PATCHED, STOCK, run, session
 from support.command_line import cli, refusal, run_tool, tool
 from support.hub import hub
@@ -53,6 +53,32 @@ def test_source_in_parts(smollm, tmp_path):
     result = convert(first, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True)
     ours = session(first, PATCHED, STEPS, load={"sidecar": str(result.output)})
     assert all(map(np.array_equal, ours, session(smollm, STOCK, STEPS)))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("blk.0.attn_q.bias", "has a tensor that is no table: 'blk.0.attn_q.bias'"),
+        ("rope_freqs.weight", "has a tensor that is no table: 'rope_freqs.weight'"),
+        ("firstlayer.1.table", "'firstlayer.1.table' is the table of no site"),
+    ],
+)
+def test_only_tables_are_taken(tensor, message, smollm, sidecar, tmp_path):
+    """A sidecar comes from somebody else than the model, perhaps: it must not add a bias, or change a rotation."""
+    reader = GGUFReader(sidecar)
+    (table,) = reader.tensors
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("firstlayer.") and field.contents() != []:
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    writer.add_tensor(table.name, table.data)
+    writer.add_tensor(tensor, np.ones(576, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (error,) = run(PATCHED, {"run": "load", "model": smollm, "load": {"sidecar": str(tmp_path / "x.gguf")}})
+    assert message in error
 
 
 def test_source_is_not_touched(llama, tmp_path):
@@ -133,6 +159,30 @@ def test_tables_of_another_model_are_not_used(llama, tmp_path):
     assert "other weights" in cli("verify", other, tables).stdout
 
 
+@pytest.mark.parametrize("what", ["sidecar", "kept weights"])
+def test_all_rows_are_checked_on_request(what, llama, llama_flp, tmp_path):
+    """Fails if rows are not compared, or with the wrong ones."""
+    option = {"sidecar": True} if what == "sidecar" else {"keep_weights": True}
+    tables = convert(llama, tmp_path / "x_firstlayer.gguf", type="q8_0", **option).output
+
+    def spoil(name: str, data: np.ndarray) -> np.ndarray:
+        data = data.copy()
+        if name == "firstlayer.0.table":
+            data[100] = data[50]
+        return data
+
+    wrong = rewrite(tables, tmp_path / "wrong.gguf", change_tensor=spoil)
+
+    def load(path: Path) -> str:
+        job = {"model": llama, "load": {"sidecar": str(path)}} if what == "sidecar" else {"model": path, "load": {}}
+        return run(PATCHED, {"run": "load", **job, "load": job["load"] | {"check": "all"}})[0]
+
+    assert load(tables) == ""
+    assert "of token 100 is another one than its weights give" in load(wrong)
+    (message,) = run(PATCHED, {"run": "load", "model": llama_flp, "load": {"check": "all"}})
+    assert "only be checked with the weights" in message
+
+
 def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
     """One sentence, and no crash."""
     broken = tmp_path / "broken.gguf"
@@ -161,13 +211,13 @@ def test_refusals(llama, tmp_path):
 def test_from_the_hub(tag, smollm, sidecar, tmp_path):
     """-hf takes the model, not the sidecar beside it, which sorts before it, and then uses that: also from its cache."""
     with hub({"SmolLM2_firstlayer.gguf": sidecar, "SmolLM2.gguf": smollm, "SmolLM2-Q4_1_firstlayer.gguf": sidecar,
-              "SmolLM2-Q4_1.gguf": smollm}) as (address, downloaded):  # fmt: skip
-        environment = os.environ | {"HF_ENDPOINT": address, "LLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
+              "SmolLM2-Q4_1.gguf": smollm}) as server:  # fmt: skip
+        environment = os.environ | {"HF_ENDPOINT": server.address, "LLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
         options = ["-hf", f"user/SmolLM2{tag}", "-n", 8, "-p", "Once", "-no-cnv", "--temp", 0]
         first = run_tool("llama-completion", *options, env=environment)
         assert first.returncode == 0, first.stderr[-2000:]
         model = "SmolLM2-Q4_1" if tag else "SmolLM2"
-        assert sorted(downloaded) == sorted([f"{model}.gguf", f"{model}_firstlayer.gguf"])
+        assert sorted(set(server.downloaded)) == sorted([f"{model}.gguf", f"{model}_firstlayer.gguf"])
     again = run_tool("llama-completion", *options, "--offline", env=environment)
     without = run_tool("llama-completion", *options, "--offline", "--firstlayer", "", env=environment)
     assert first.stdout == again.stdout == without.stdout

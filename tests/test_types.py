@@ -18,6 +18,7 @@ from support.command_line import cli, refusal
 from support.figures import divergence, log_softmax
 from support.models import convert, rewrite
 
+import gguf_firstlayer
 from gguf_firstlayer import FirstLayerError, auto, inspect
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import TYPES, fitting
@@ -228,6 +229,13 @@ def test_what_cannot_be_measured(name, reason, archs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(rf"types were not measured: .*{reason}", done.stdout)
     assert {table.type.name for table in inspect(tmp_path / "x.gguf").tables} == {"Q8_0"}
+
+
+def test_large_vocabularies_are_measured_on_shorter_texts(llama, tmp_path, monkeypatch):
+    """The logits of the text are held. Fails if they are for all of its tokens, however large the vocabulary."""
+    monkeypatch.setattr(auto, "TEXT_BYTES", 100 * 4 * 128)  # of a model with 128 tokens
+    measured = gguf_firstlayer.convert(llama, tmp_path / "x.gguf").measurement
+    assert measured.tokens == 100
 
 
 def test_a_model_larger_than_memory_is_not_measured(llama, monkeypatch):

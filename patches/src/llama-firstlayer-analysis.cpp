@@ -1,16 +1,16 @@
 #include "llama-firstlayer-analysis.h"
 
-#include "gguf.h"
 #include "llama-context.h"
 #include "llama-firstlayer-cache.h"
-#include "llama-firstlayer-demand.h"
 #include "llama-firstlayer-guard.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <random>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -23,59 +23,6 @@ thread_local std::string llama_firstlayer_last_error;
 
 const char * llama_firstlayer_error(void) {
     return llama_firstlayer_last_error.c_str();
-}
-
-// Overrides that reduce a model's vocabulary to its size: graphs need nothing else of it, and loading it takes longer than
-// everything else. The list ends with an empty override.
-static std::vector<llama_model_kv_override> without_vocab(const char * path_model) {
-    std::vector<llama_model_kv_override> res;
-
-    const gguf_context_ptr meta(gguf_init_from_file(path_model, { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
-    if (!meta) {
-        throw std::runtime_error("llama.cpp cannot read the file");
-    }
-    const int64_t id_arch   = gguf_find_key(meta.get(), "general.architecture");
-    const int64_t id_tokens = gguf_find_key(meta.get(), "tokenizer.ggml.tokens");
-    if (id_arch >= 0 && gguf_get_kv_type(meta.get(), id_arch) == GGUF_TYPE_STRING && id_tokens >= 0 &&
-        gguf_get_kv_type(meta.get(), id_tokens) == GGUF_TYPE_ARRAY) {
-        llama_model_kv_override model = {};
-        model.tag                     = LLAMA_KV_OVERRIDE_TYPE_STR;
-        snprintf(model.key, sizeof(model.key), "tokenizer.ggml.model");
-        snprintf(model.val_str, sizeof(model.val_str), "no_vocab");
-        res.push_back(model);
-
-        llama_model_kv_override size = {};
-        size.tag                     = LLAMA_KV_OVERRIDE_TYPE_INT;
-        snprintf(size.key, sizeof(size.key), "%s.vocab_size", gguf_get_val_str(meta.get(), id_arch));
-        size.val_i64 = gguf_get_arr_n(meta.get(), id_tokens);
-        res.push_back(size);
-    }
-    res.push_back({});
-    return res;
-}
-
-// a model without its weights, on the CPU or a device: the buffer types there decide which kernels compute the rows
-static llama_model_ptr load_metadata(const char * path_model, bool load_vocab, ggml_backend_dev_t dev = nullptr) {
-    ggml_backend_dev_t devices[] = { dev, nullptr };
-
-    llama_model_params params = llama_model_default_params();
-    params.devices            = devices;
-    params.n_gpu_layers       = dev ? -1 : 0;
-    params.load_mode          = LLAMA_LOAD_MODE_NONE;
-    params.no_alloc           = true;
-    params.load_mtp           = true;
-
-    std::vector<llama_model_kv_override> overrides;
-    if (!load_vocab) {
-        overrides           = without_vocab(path_model);
-        params.kv_overrides = overrides.data();
-    }
-
-    llama_model_ptr res(llama_model_load_from_file(path_model, params));
-    if (!res) {
-        throw std::runtime_error("llama.cpp cannot load the model");
-    }
-    return res;
 }
 
 // a device by its name, or the one of an RPC server
@@ -113,7 +60,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char *       path_mod
     n_batch(n_batch),
     n_threads(n_threads > 0 ? n_threads : std::max(1u, std::thread::hardware_concurrency())),
     for_cache(for_cache) {
-    model = load_metadata(path_model, load_vocab, dev);
+    model = llama_firstlayer_load_metadata(path_model, load_vocab, dev);
     if (model->firstlayer && !model->firstlayer->tables.empty()) {
         throw std::runtime_error("the model is already converted");
     }
@@ -134,6 +81,23 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char *       path_mod
         collect_uses();
         collect_elidable();
     }
+}
+
+// for tests: a quarter of all that a file could name, at random
+static std::vector<ggml_tensor *> sample_sites(const llama_firstlayer_walk & walk, const char * seed) {
+    std::mt19937 random(atoi(seed));
+    auto         res = walk.possible_sites();
+    res.erase(std::remove_if(res.begin(), res.end(), [&](const ggml_tensor *) { return random() % 4 != 0; }),
+              res.end());
+    return res;
+}
+
+std::vector<ggml_tensor *> llama_firstlayer_analysis::choose_sites(const llama_firstlayer_walk & walk) const {
+    if (const char * seed = getenv("LLAMA_FIRSTLAYER_SAMPLE_SITES")) {
+        return sample_sites(walk, seed);
+    }
+    return for_cache ? llama_firstlayer_cache::choose_sites(walk) :
+                       walk.sites(model->vocab.n_tokens(), /*bytes_per_value =*/1);
 }
 
 std::set<std::string> llama_firstlayer_analysis::names(const llama_firstlayer_walk::tensor_set & tensors) const {
@@ -157,8 +121,7 @@ std::unordered_map<std::string, ggml_tensor *> llama_firstlayer_analysis::find_s
 
 void llama_firstlayer_analysis::collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk) {
     if (seen.insert(gtype).second) {
-        for (ggml_tensor * t : for_cache ? llama_firstlayer_cache::choose_sites(walk) :
-                                           walk.sites(model->vocab.n_tokens(), /*bytes_per_value =*/1)) {
+        for (ggml_tensor * t : choose_sites(walk)) {
             const std::string recipe = walk.recipe(t);
             const bool        known =
                 std::any_of(sites.begin(), sites.end(), [&](const site & s) { return s.recipe == recipe; });
@@ -322,60 +285,10 @@ llama_firstlayer_analysis * llama_firstlayer_init_for_cache(const char * path_mo
     return analyse(path_model, nullptr, n_batch, /*n_threads =*/0, /*load_vocab =*/false, /*for_cache =*/true);
 }
 
-static llama_firstlayer_products count_products(const char *            path_model,
-                                                int32_t                 n_tokens,
-                                                int32_t                 n_past,
-                                                enum llama_pooling_type pooling) {
-    const auto model  = load_metadata(path_model, /*load_vocab =*/false);
-    const bool embeds = pooling != LLAMA_POOLING_TYPE_UNSPECIFIED;
-
-    if (llama_model_has_encoder(model.get()) && llama_model_has_decoder(model.get())) {
-        throw std::runtime_error("llama.cpp encodes and decodes with this model in turn");
-    }
-    if (!model->firstlayer) {
-        model->firstlayer = std::make_unique<llama_firstlayer>();
-    }
-    llama_firstlayer_products res        = {};
-    bool                      has_output = false;
-    model->firstlayer->observe           = [&](const llm_graph_params & params, const llama_firstlayer_walk &) {
-        has_output = embeds || params.res->get_logits();
-        res.all    = llama_firstlayer_multiply_adds(params.res->get_gf());
-        llama_firstlayer_demand_kinds kinds;
-        llama_firstlayer_demand(params, /*with_logits =*/!embeds).apply(kinds);
-        res.read = llama_firstlayer_multiply_adds(params.res->get_gf());
-    };
-
-    llama_context_params cparams = llama_context_default_params();
-    cparams.n_ctx                = n_past + n_tokens;
-    cparams.n_batch              = n_tokens;
-    cparams.n_ubatch             = n_tokens;
-    cparams.embeddings           = embeds;
-    cparams.pooling_type         = pooling;
-    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
-    llama_firstlayer_builder(*model, cparams).build(n_tokens, embeds ? n_tokens : 1);
-    if (!has_output) {
-        throw std::runtime_error("the model gives no logits");
-    }
-    return res;
-}
-
-int32_t llama_firstlayer_count_products(const char *                path_model,
-                                        int32_t                     n_tokens,
-                                        int32_t                     n_past,
-                                        enum llama_pooling_type     pooling,
-                                        llama_firstlayer_products * products) {
-    return llama_firstlayer_guarded(
-        [&] {
-            *products = count_products(path_model, n_tokens, n_past, pooling);
-            return 0;
-        },
-        -1);
-}
-
 int32_t llama_firstlayer_check(const char * path_model) {
     return llama_firstlayer_guarded(
         [&] {
-            load_metadata(path_model, true);
+            llama_firstlayer_load_metadata(path_model, true);
             return 0;
         },
         -1);

@@ -54,6 +54,8 @@ struct llama_firstlayer_analysis {
     std::string              blocker;
 
   private:
+    std::vector<ggml_tensor *> choose_sites(const llama_firstlayer_walk & walk) const;
+
     void collect_sites(llm_graph_type gtype, const llama_firstlayer_walk & walk);
     void collect_uses();
     void collect_elidable();

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+// A model without its weights, on the CPU or a device: the buffer types there decide which kernels compute rows. Without the
+// vocabulary, of which graphs need only the size, it loads faster. Throws std::runtime_error
+llama_model_ptr llama_firstlayer_load_metadata(const char *       path_model,
+                                               bool               load_vocab,
+                                               ggml_backend_dev_t dev = nullptr);
+
 // Builds graphs of a model as a context does before it runs, so that llama_firstlayer::observe can look at them.
 struct llama_firstlayer_builder {
     // n_batch: most tokens in a graph, an even number. Throws std::runtime_error if the model only runs beside another one

@@ -1,12 +1,17 @@
 #include "llama-firstlayer-demand.h"
 
+#include "llama-firstlayer-builder.h"
+#include "llama-firstlayer-guard.h"
+#include "llama-firstlayer.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cinttypes>
 #include <cstdlib>
 #include <functional>
+#include <stdexcept>
 
 static bool is_layout(const ggml_tensor * t) {
     return llama_firstlayer_get_op(t).is(LLAMA_FIRSTLAYER_OP_LAYOUT);
@@ -351,4 +356,58 @@ int64_t llama_firstlayer_multiply_adds(ggml_cgraph * gf) {
         }
     }
     return res;
+}
+
+//
+// what it saves
+//
+
+static llama_firstlayer_products count_products(const char *            path_model,
+                                                int32_t                 n_tokens,
+                                                int32_t                 n_past,
+                                                enum llama_pooling_type pooling) {
+    const auto model  = llama_firstlayer_load_metadata(path_model, /*load_vocab =*/false);
+    const bool embeds = pooling != LLAMA_POOLING_TYPE_UNSPECIFIED;
+
+    if (llama_model_has_encoder(model.get()) && llama_model_has_decoder(model.get())) {
+        throw std::runtime_error("llama.cpp encodes and decodes with this model in turn");
+    }
+    if (!model->firstlayer) {
+        model->firstlayer = std::make_unique<llama_firstlayer>();
+    }
+    llama_firstlayer_products res        = {};
+    bool                      has_output = false;
+    model->firstlayer->observe           = [&](const llm_graph_params & params, const llama_firstlayer_walk &) {
+        has_output = embeds || params.res->get_logits();
+        res.all    = llama_firstlayer_multiply_adds(params.res->get_gf());
+        llama_firstlayer_demand_kinds kinds;
+        llama_firstlayer_demand(params, /*with_logits =*/!embeds).apply(kinds);
+        res.read = llama_firstlayer_multiply_adds(params.res->get_gf());
+    };
+
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_ctx                = n_past + n_tokens;
+    cparams.n_batch              = n_tokens;
+    cparams.n_ubatch             = n_tokens;
+    cparams.embeddings           = embeds;
+    cparams.pooling_type         = pooling;
+    cparams.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
+    llama_firstlayer_builder(*model, cparams).build(n_tokens, embeds ? n_tokens : 1);
+    if (!has_output) {
+        throw std::runtime_error("the model gives no logits");
+    }
+    return res;
+}
+
+int32_t llama_firstlayer_count_products(const char *                path_model,
+                                        int32_t                     n_tokens,
+                                        int32_t                     n_past,
+                                        enum llama_pooling_type     pooling,
+                                        llama_firstlayer_products * products) {
+    return llama_firstlayer_guarded(
+        [&] {
+            *products = count_products(path_model, n_tokens, n_past, pooling);
+            return 0;
+        },
+        -1);
 }

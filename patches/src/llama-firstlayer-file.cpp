@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 
 static const char * const KV_VERSION          = "firstlayer.version";
@@ -31,6 +32,9 @@ static const char * const KV_CACHE = "firstlayer.cache";
 
 // another: what is left out since nobody reads it
 static const char * const KV_DEMAND = "firstlayer.demand";
+
+// another: whether all rows of tables are recomputed while loading, "all" or "some"
+static const char * const KV_CHECK = "firstlayer.check";
 
 static const uint32_t VERSION = 1;
 
@@ -144,6 +148,9 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
 
     ml.files.push_back(std::move(file));
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (strncmp(ggml_get_name(t), "firstlayer.", strlen("firstlayer.")) != 0) {
+            throw std::runtime_error(format("'%s' has a tensor that is no table: '%s'", path, ggml_get_name(t)));
+        }
         const llama_model_loader::llama_tensor_weight weight(ml.files.back().get(), ml.files.size() - 1, meta.get(), t);
         if (!ml.weights_map.emplace(ggml_get_name(t), weight).second) {
             throw std::runtime_error(format("tensor '%s' is in the model and in '%s'", ggml_get_name(t), path));
@@ -180,14 +187,53 @@ static size_t requested_cache(const llama_model_loader & ml, size_t automatic) {
     return mib * 1024.0 * 1024.0;
 }
 
-static std::string requested_demand(const llama_model_loader & ml) {
-    const auto  it        = ml.kv_overrides.find(KV_DEMAND);
+// the value of an override, one of some words
+static std::string requested(const llama_model_loader &       ml,
+                             const char *                     key,
+                             const std::string &              fallback,
+                             const std::vector<std::string> & words) {
+    const auto  it        = ml.kv_overrides.find(key);
     const bool  is_string = it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR;
-    std::string res       = it == ml.kv_overrides.end() ? demand : is_string ? it->second.val_str : "";
-    if (res != "none" && res != "rows" && res != "embeddings") {
-        throw std::runtime_error(format("override '%s' must be \"none\", \"rows\" or \"embeddings\"", KV_DEMAND));
+    std::string res       = it == ml.kv_overrides.end() ? fallback : is_string ? it->second.val_str : "";
+    if (std::find(words.begin(), words.end(), res) == words.end()) {
+        std::string known;
+        for (const auto & word : words) {
+            known += std::string(known.empty() ? "" : word == words.back() ? " or " : ", ") + '"' + word + '"';
+        }
+        throw std::runtime_error(format("override '%s' must be %s", key, known.c_str()));
     }
     return res;
+}
+
+// Tables hold their sites side by side, from multiples of four values on, and nothing else, so a lookup takes no more memory than
+// the sites need; and all tensors that are named like tables are.
+static void check_columns(const llama_firstlayer & fl, const llama_model_loader & ml) {
+    std::vector<std::vector<std::pair<int64_t, int64_t>>> columns(fl.tables.size());
+    for (const auto & site : fl.sites) {
+        columns[site.table].emplace_back(site.column, GGML_PAD(site.width, 4));
+    }
+    std::set<std::string> names;
+    for (size_t i = 0; i < fl.tables.size(); ++i) {
+        const std::string name = "firstlayer." + fl.tables[i].suffix;
+        int64_t           end  = 0;
+        std::sort(columns[i].begin(), columns[i].end());
+        for (const auto & [first, width] : columns[i]) {
+            if (first != end) {
+                throw std::runtime_error(
+                    format("the sites of table '%s' overlap, or have gaps between them", name.c_str()));
+            }
+            end += width;
+        }
+        names.insert(name);
+        if (end != ml.get_tensor_meta(name.c_str())->ne[0]) {
+            throw std::runtime_error(format("table '%s' has columns that belong to no site", name.c_str()));
+        }
+    }
+    for (const auto & [name, _] : ml.weights_map) {
+        if (name.rfind("firstlayer.", 0) == 0 && !names.count(name)) {
+            throw std::runtime_error(format("tensor '%s' is the table of no site", name.c_str()));
+        }
+    }
 }
 
 thread_local llama_firstlayer * llama_firstlayer::loading = nullptr;
@@ -201,7 +247,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
     };
 
     res->cache_bytes       = requested_cache(ml, CACHE_AUTO);
-    const auto what        = requested_demand(ml);
+    const auto what        = requested(ml, KV_DEMAND, demand, { "none", "rows", "embeddings" });
     res->demand_rows       = what != "none";
     res->demand_embeddings = what == "embeddings";
     if (ml.files.empty()) {
@@ -227,6 +273,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
     }
 
     res->is_sidecar = sidecar != nullptr;
+    res->check_all  = requested(ml, KV_CHECK, "some", { "some", "all" }) == "all";
 
     size_t           n_sites   = 0;
     const int64_t    id_name   = find_array(meta, KV_SITE_NAME, GGUF_TYPE_STRING, n_sites, true);
@@ -265,6 +312,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
         res->sites.push_back({ gguf_get_arr_str(meta, id_name, i), gguf_get_arr_str(meta, id_recipe, i), table[i],
                                column[i], width[i], false });
     }
+
+    check_columns(*res, ml);
 
     size_t        n_spares = 0;
     const int64_t id_spare = find_array(meta, KV_SPARE_NAME, GGUF_TYPE_STRING, n_spares, false);

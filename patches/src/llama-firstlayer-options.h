@@ -45,6 +45,10 @@ template <typename F> void llama_firstlayer_add_options(F && add_opt) {
                            llama_firstlayer_override(params, "firstlayer.cache", value);
                        })
                 .set_env("LLAMA_ARG_FIRSTLAYER_CACHE"));
+    add_opt(common_arg({ "--check-tables" },
+                       "before a converted model runs, compute all rows of its tables again, not only some, and refuse "
+                       "the tables if they differ; the weights that they replace must be there",
+                       [](common_params & params) { llama_firstlayer_override(params, "firstlayer.check", "all"); }));
     add_opt(common_arg({ "--demand" }, "{none,rows,embeddings}",
                        "what to leave out since nobody reads it: 'rows' of the last layers that no output needs; "
                        "'embeddings' for these, and for logits beside embeddings (default: none)",

@@ -48,7 +48,17 @@ static std::string print_list(const std::vector<std::string> & list) {
     return res;
 }
 
-// the shape, with the token axes written as one '*'; for views, also strides and offset
+// an address in a tensor's memory as it would be with one token
+size_t llama_firstlayer_walk::of_one_token(const ggml_tensor * t, size_t address) const {
+    for (int d = GGML_MAX_DIMS - 1; d >= 0; --d) {
+        if (get(t).axes >> d & 1) {
+            llama_firstlayer_shrink(address, t->nb[d], t->ne[d], 1);
+        }
+    }
+    return address;
+}
+
+// the shape, with the token axes written as one '*'; for views, also strides and offset, which must not depend on the batch
 std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
     const info & cur = get(t);
 
@@ -65,8 +75,9 @@ std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
             continue;
         }
         ne.push_back(std::to_string(t->ne[d]));
-        nb.push_back(std::to_string(t->nb[d]));
-        packed = packed && (t->ne[d] == 1 || t->nb[d] == next);
+        const size_t stride = t->op == GGML_OP_VIEW ? of_one_token(t->src[0], t->nb[d]) : t->nb[d];
+        nb.push_back(std::to_string(stride));
+        packed = packed && (t->ne[d] == 1 || stride == next);
         next   = d == 0 ? ggml_row_size(t->type, t->ne[0]) : next * t->ne[d];
     }
     while (ne.size() > 1 && ne.back() == "1") {
@@ -77,7 +88,7 @@ std::string llama_firstlayer_walk::shape(const ggml_tensor * t) const {
     if (t->op == GGML_OP_VIEW) {
         const size_t offset = t->view_offs - (t->src[0]->view_src ? t->src[0]->view_offs : 0);
         res += packed ? "" : ";nb=" + print_list(nb);
-        res += offset == 0 ? "" : ";offset=" + std::to_string(offset);
+        res += offset == 0 ? "" : ";offset=" + std::to_string(of_one_token(t->src[0], offset));
     }
     return res;
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 //
 // rewrite
@@ -87,89 +88,119 @@ static void make_view(ggml_tensor *                          t,
     }
 }
 
-void llama_firstlayer_walk::replace_site(ggml_context *     ctx,
-                                         ggml_tensor *      site,
-                                         const row_ref &    row_ref,
-                                         const tensor_set & is_live,
-                                         const tensor_set & cut) const {
-    struct layout {
-        ggml_tensor * t;
-        size_t        nb[GGML_MAX_DIMS];
-        size_t        offset;
-    };
+// Whether t, which reads `before`, can read `after`. Kernels rely on values that lie one after the other, and some on memory
+// without gaps.
+static bool can_read(const ggml_tensor * t, const ggml_tensor & before, const ggml_tensor & after, bool aligned) {
+    const bool keeps_values = before.nb[0] != ggml_type_size(before.type) || after.nb[0] == before.nb[0];
+    const bool adds_no_gaps = (!ggml_is_contiguous_0(&before) || ggml_is_contiguous_0(&after)) &&
+                              (!ggml_is_contiguous_1(&before) || ggml_is_contiguous_1(&after)) &&
+                              (!ggml_is_contiguous_2(&before) || ggml_is_contiguous_2(&after));
+    return keeps_values && (adds_no_gaps || (aligned && takes_strided_rows(t)));
+}
 
-    const size_t stride = row_ref.rows->nb[1];
-
-    // the site and the layout operations on it become views of the rows, if their consumers can read them there
-    std::vector<layout> layouts;
-    tensor_set          below     = { site };
+bool llama_firstlayer_walk::place_site(ggml_tensor *      site,
+                                       const row_ref &    row_ref,
+                                       const tensor_set & is_live,
+                                       const tensor_set & cut,
+                                       placement &        res) const {
+    const size_t        stride    = row_ref.rows->nb[1];
     const ggml_tensor * memory    = site->view_src ? site->view_src : site;
     const bool          unchanged = memory == site && stride == get(site).stride;
-    bool                as_views  = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
+    const bool          aligned = stride % 16 == 0 && row_ref.offset % 16 == 0;  // required by kernels that read float4
 
-    // a node that reads a view copes with gaps between the tokens anyway
-    const bool aligned = stride % 16 == 0 && row_ref.offset % 16 == 0;  // required by kernels that read float4
-    const bool gaps_ok = unchanged || memory != site;
+    row_strides(site, stride, res.nb);
+    res.as_views  = !(site->flags & GGML_TENSOR_FLAG_OUTPUT);
+    bool in_place = false;  // whether a reader writes its result to the same memory
 
-    size_t nb[GGML_MAX_DIMS];
-    row_strides(site, stride, nb);
-    layouts.push_back({ site, {}, 0 });
-    std::copy_n(unchanged ? site->nb : nb, GGML_MAX_DIMS, layouts.back().nb);
+    const auto find = [&](const ggml_tensor * t) {
+        return std::find_if(res.layouts.begin(), res.layouts.end(), [&](const auto & cur) { return cur.first == t; });
+    };
+    res.layouts.emplace_back(site, *site);
+    res.layouts[0].second.view_offs = 0;
+    std::copy_n(unchanged ? site->nb : res.nb, GGML_MAX_DIMS, res.layouts[0].second.nb);
 
     for (ggml_tensor * t : affected) {
         if (cut.count(t) || !is_live.count(t)) {
             continue;
         }
-        if (is_layout_op(t) && below.count(t->src[0])) {
-            below.insert(t);
-            layouts.push_back({ t, {}, t->view_offs });
-            std::copy_n(t->nb, GGML_MAX_DIMS, layouts.back().nb);
-            as_views = as_views && !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-                       (unchanged || translate_layout(t, site, nb, stride, layouts.back().nb, layouts.back().offset));
+        if (is_layout_op(t) && find(t->src[0]) != res.layouts.end()) {
+            ggml_tensor & cur = res.layouts.emplace_back(t, *t).second;
+            res.as_views      = res.as_views && !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
+                                (unchanged || translate_layout(t, site, res.nb, stride, cur.nb, cur.view_offs));
             continue;
         }
-        const bool consumes = std::any_of(std::begin(t->src), std::end(t->src),
-                                          [&](const ggml_tensor * src) { return src && src != t && below.count(src); });
-        if (consumes) {
-            as_views = as_views && t->view_src != memory && (gaps_ok || (aligned && takes_strided_rows(t)));
+        for (const ggml_tensor * src : t->src) {
+            const auto cur = find(src);
+            if (src == t || cur == res.layouts.end()) {
+                continue;
+            }
+            in_place     = in_place || t->view_src == memory;
+            res.as_views = res.as_views && !in_place && can_read(t, *src, cur->second, aligned);
         }
     }
+    // a copy can stand in for memory of the site's own, and for such memory as a view without gaps sees
+    return res.as_views || memory == site || (ggml_is_contiguous(site) && !in_place);
+}
 
-    if (!as_views && memory != site) {
-        return;  // computed as usual; loading fails if this needs an elided weight
-    }
-
+void llama_firstlayer_walk::replace_site(ggml_context *    ctx,
+                                         ggml_tensor *     site,
+                                         const row_ref &   row_ref,
+                                         const placement & to) const {
     std::fill(std::begin(site->src), std::end(site->src), nullptr);
     memset(site->op_params, 0, sizeof(site->op_params));
 
-    if (!as_views) {
-        site->op     = GGML_OP_CONT;
-        site->src[0] = ggml_view_4d(ctx, row_ref.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], nb[1], nb[2],
-                                    nb[3], row_ref.offset);
+    if (to.as_views) {
+        site->op     = GGML_OP_VIEW;
+        site->src[0] = row_ref.rows;
+        for (const auto & [t, as_view] : to.layouts) {
+            make_view(t, row_ref, as_view.nb, as_view.view_offs);
+        }
         return;
     }
 
-    site->op     = GGML_OP_VIEW;
-    site->src[0] = row_ref.rows;
-    for (const auto & cur : layouts) {
-        make_view(cur.t, row_ref, cur.nb, cur.offset);
+    site->op     = GGML_OP_CONT;
+    site->src[0] = ggml_view_4d(ctx, row_ref.rows, site->ne[0], site->ne[1], site->ne[2], site->ne[3], to.nb[1],
+                                to.nb[2], to.nb[3], row_ref.offset);
+    if (site->view_src) {
+        const size_t offset = site->view_offs;
+        for (const auto & [t, _] : to.layouts) {
+            t->view_src = t == site ? nullptr : site;
+            t->view_offs -= offset;
+        }
     }
 }
 
-void llama_firstlayer_walk::replace(ggml_context *                                     ctx,
-                                    ggml_cgraph *                                      gf,
-                                    const std::unordered_map<ggml_tensor *, row_ref> & row_refs) const {
-    tensor_set cut;
-    for (const auto & [site, _] : row_refs) {
-        cut.insert(site);
-    }
-    const tensor_set is_live = live_affected(cut);
-
-    for (ggml_tensor * t : affected) {
-        const auto it = row_refs.find(t);
-        if (it != row_refs.end() && is_live.count(t)) {
-            replace_site(ctx, t, it->second, is_live, cut);
+llama_firstlayer_walk::tensor_set llama_firstlayer_walk::replace(
+    ggml_context *                               ctx,
+    ggml_cgraph *                                gf,
+    std::unordered_map<ggml_tensor *, row_ref> & row_refs) const {
+    // All sites are placed before one is replaced: if one cannot be, it is computed, and what it is computed from, other sites
+    // perhaps, has further readers.
+    std::vector<std::pair<ggml_tensor *, placement>> placed;
+    tensor_set                                       is_live;
+    for (bool complete = false; !complete;) {
+        tensor_set cut;
+        for (const auto & [site, _] : row_refs) {
+            cut.insert(site);
         }
+        is_live  = live_affected(cut);
+        complete = true;
+        placed.clear();
+        for (ggml_tensor * t : affected) {
+            const auto it = row_refs.find(t);
+            if (it == row_refs.end() || !is_live.count(t)) {
+                continue;
+            }
+            placed.emplace_back(t, placement());
+            if (!place_site(t, it->second, is_live, cut, placed.back().second)) {
+                row_refs.erase(it);
+                complete = false;
+                break;
+            }
+        }
+    }
+    for (const auto & [site, to] : placed) {
+        replace_site(ctx, site, row_refs.at(site), to);
     }
 
     llama_firstlayer_restart(ctx, gf);
@@ -195,4 +226,9 @@ void llama_firstlayer_walk::replace(ggml_context *                              
         }
         llama_firstlayer_add_node(gf, t);
     }
+
+    tensor_set gone;
+    std::copy_if(affected.begin(), affected.end(), std::inserter(gone, gone.end()),
+                 [&](const ggml_tensor * t) { return get(t).kind == PURITY_PURE && !is_live.count(t); });
+    return gone;
 }

@@ -4,6 +4,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 
 //
@@ -15,8 +16,6 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
                                              const ggml_tensor *      tok_embd) :
     weights(&weights) {
     ggml_cgraph * gf = res.get_gf();
-
-    infos.reserve(2 * ggml_graph_n_nodes(gf));
 
     if (res.get_inp_tokens()) {
         inp_tokens.push_back(res.get_inp_tokens());
@@ -51,7 +50,7 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         cur.kind   = PURITY_PURE;
         cur.axes   = 0xf;
         cur.stride = ggml_element_size(t);
-        infos[t]   = cur;
+        set(t, cur);
     }
 
     nodes.reserve(ggml_graph_n_nodes(gf));
@@ -63,26 +62,35 @@ llama_firstlayer_walk::llama_firstlayer_walk(const llm_graph_result & res,
         bool is_affected = cur.kind == PURITY_PURE;
         for (int j = 0; j < GGML_MAX_SRC && !is_affected; ++j) {
             const ggml_tensor * src = t->src[j];
-            is_affected =
-                src && src != t && src->op != GGML_OP_NONE && (get(src).kind == PURITY_PURE || get(src).alias);
+            if (src && src != t && src->op != GGML_OP_NONE) {
+                const info & of = get(src);
+                is_affected     = of.kind == PURITY_PURE || of.alias;
+            }
         }
         cur.alias = is_affected && cur.kind == PURITY_IMPURE && is_layout_op(t);
         if (is_affected) {
             affected.push_back(t);
         }
         if (cur.kind != PURITY_IMPURE || cur.alias) {
-            infos[t] = cur;
+            set(t, cur);
         }
     }
+}
+
+void llama_firstlayer_walk::set(const ggml_tensor * t, const info & cur) {
+    infos[t] = cur;
+    has_info.set(bit(t));
 }
 
 const llama_firstlayer_walk::info & llama_firstlayer_walk::get(const ggml_tensor * t) const {
     static const info impure;
     static const info constant{ PURITY_CONSTANT };
 
-    const auto it = infos.find(t);
-    if (it != infos.end()) {
-        return it->second;
+    if (has_info.test(bit(t))) {
+        const auto it = infos.find(t);
+        if (it != infos.end()) {
+            return it->second;
+        }
     }
     return t->op == GGML_OP_NONE && weights->count(t) ? constant : impure;
 }
@@ -93,6 +101,12 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
     // a node that writes into another tensor has a side effect
     if (t->view_src && !is_layout_op(t)) {
         return res;
+    }
+    // most nodes have an impure operand that is no leaf, which takes no lookup
+    for (const ggml_tensor * src : t->src) {
+        if (src && src != t && src->op != GGML_OP_NONE && get(src).kind == PURITY_IMPURE) {
+            return res;
+        }
     }
 
     int  n_src    = 0;
@@ -268,8 +282,15 @@ bool llama_firstlayer_walk::map_view(const ggml_tensor * t,
 bool llama_firstlayer_walk::can_be_site(const ggml_tensor * t) const {
     const info & cur = get(t);
     // the values of a token must be the ones along axis 0
-    return cur.kind == PURITY_PURE && cur.product && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
-           !operand(t).spans(0);
+    return cur.kind == PURITY_PURE && cur.product && width(t) > 0 && t->type == GGML_TYPE_F32 &&
+           t->nb[0] == sizeof(float) && !operand(t).spans(0);
+}
+
+std::vector<ggml_tensor *> llama_firstlayer_walk::possible_sites() const {
+    std::vector<ggml_tensor *> res;
+    std::copy_if(affected.begin(), affected.end(), std::back_inserter(res),
+                 [&](const ggml_tensor * t) { return can_be_site(t) && (t->flags & GGML_TENSOR_FLAG_COMPUTE); });
+    return res;
 }
 
 std::string llama_firstlayer_walk::hint(const std::string & recipe, int64_t width) {

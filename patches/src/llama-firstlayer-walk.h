@@ -3,6 +3,7 @@
 #include "ggml.h"
 #include "llama-firstlayer-ops.h"
 
+#include <bitset>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -52,6 +53,9 @@ struct llama_firstlayer_walk {
     // the sites, in graph order, for tables of n_rows rows
     std::vector<ggml_tensor *> sites(int64_t n_rows, int64_t bytes_per_value) const;
 
+    // all tensors that a file could name as sites, in graph order
+    std::vector<ggml_tensor *> possible_sites() const;
+
     // the nodes that known sites stand for, in graph order, each with the index of its site; a site has a recipe and a width
     template <typename Sites> std::vector<std::pair<ggml_tensor *, size_t>> find(const Sites & sites) const;
 
@@ -79,10 +83,11 @@ struct llama_firstlayer_walk {
     // why there is no site: what the first node that leaves the row-pure region mixes in
     std::string blocker() const;
 
-    // replace sites with rows, in place, and rebuild the graph from what is still live
-    void replace(ggml_context *                                     ctx,
-                 ggml_cgraph *                                      gf,
-                 const std::unordered_map<ggml_tensor *, row_ref> & row_refs) const;
+    // Replace sites with rows, in place, and rebuild the graph from what is still live. Sites that cannot be replaced are taken
+    // out of row_refs. Returns the nodes that are gone.
+    tensor_set replace(ggml_context *                               ctx,
+                       ggml_cgraph *                                gf,
+                       std::unordered_map<ggml_tensor *, row_ref> & row_refs) const;
 
   private:
     enum purity {
@@ -101,6 +106,7 @@ struct llama_firstlayer_walk {
     };
 
     const info &             get(const ggml_tensor * t) const;
+    void                     set(const ggml_tensor * t, const info & cur);
     llama_firstlayer_operand operand(const ggml_tensor * t) const;
 
     static bool is_layout_op(const ggml_tensor * t) {
@@ -131,11 +137,23 @@ struct llama_firstlayer_walk {
                           size_t              stride,
                           size_t              nb[GGML_MAX_DIMS],
                           size_t &            offset) const;
-    void replace_site(ggml_context *     ctx,
-                      ggml_tensor *      site,
-                      const row_ref &    row_ref,
-                      const tensor_set & is_live,
-                      const tensor_set & cut) const;
+
+    // how a site becomes rows
+    struct placement {
+        bool   as_views = true;    // of the rows, if all readers can cope with these; otherwise the site is a copy
+        size_t nb[GGML_MAX_DIMS];  // strides of the site in the rows
+
+        // the site and the layout operations on it, and these as views: strides, and offsets from the site's first value
+        std::vector<std::pair<ggml_tensor *, ggml_tensor>> layouts;
+    };
+
+    // false if the site must be computed
+    bool place_site(ggml_tensor *      site,
+                    const row_ref &    row_ref,
+                    const tensor_set & is_live,
+                    const tensor_set & cut,
+                    placement &        res) const;
+    void replace_site(ggml_context * ctx, ggml_tensor * site, const row_ref & row_ref, const placement & to) const;
 
     // the affected nodes that are live, and everything that the pure ones among them are computed from
     tensor_set live_affected(const tensor_set & cut) const;
@@ -146,6 +164,7 @@ struct llama_firstlayer_walk {
 
     static std::string op_name(const ggml_tensor * t);
 
+    size_t      of_one_token(const ggml_tensor * t, size_t address) const;
     std::string shape(const ggml_tensor * t) const;
     void        print(const ggml_tensor *                            t,
                       std::unordered_map<const ggml_tensor *, int> & labels,
@@ -161,7 +180,12 @@ struct llama_firstlayer_walk {
 
     const tensor_set * weights;
 
+    // what is not impure, and aliases. Of a graph's nodes these are few, and a lookup would be the larger part of the walk: a
+    // bit for all tensors with the same remainder tells most of the others
     std::unordered_map<const ggml_tensor *, info> infos;
+    std::bitset<4096>                             has_info;
+
+    static size_t bit(const ggml_tensor * t) { return (uintptr_t) t / sizeof(*t) % 4096; }
 };
 
 template <typename Sites>

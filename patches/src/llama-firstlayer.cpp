@@ -57,25 +57,11 @@ void llama_firstlayer::check(llama_model_base & model) {
         return;
     }
 
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx                = 256;
-    params.n_batch              = 32;
-    params.n_ubatch             = 32;
-    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
-
-    // only graphs are built: no KV cache is allocated, and no compute buffers
-    const bool no_alloc    = model.hparams.no_alloc;
-    model.hparams.no_alloc = true;
-    checking               = true;
-    const llama_context_ptr ctx(llama_init_from_model(&model, params));
-    checking               = false;
-    model.hparams.no_alloc = no_alloc;
-    res_encoder.reset();
-
-    if (!ctx && !problem.empty()) {
+    const bool is_built = build_graphs(model, 32);
+    if (!is_built && !problem.empty()) {
         throw std::runtime_error(problem);
     }
-    if (!ctx) {
+    if (!is_built) {
         // some models only run together with another one; apply() still checks every graph
         LLAMA_LOG_DEBUG("%s: cannot build a graph of this model on its own\n", __func__);
         return;
@@ -97,6 +83,15 @@ void llama_firstlayer::check(llama_model_base & model) {
     if (!problem.empty()) {
         throw std::runtime_error(problem);
     }
+    // columns that nobody needs would take memory for each token of a batch
+    for (const auto & site : sites) {
+        tables[site.table].dropped = tables[site.table].dropped || !site.used;
+    }
+    for (auto & site : sites) {
+        site.used = site.used && !tables[site.table].dropped;
+    }
+    check_rows(model);
+
     // a warning, since tools do not show info messages
     const auto is_used = [](const site & s) {
         return s.used;
@@ -232,17 +227,17 @@ void llama_firstlayer::rewrite(const llama_model &           model,
     std::vector<ggml_tensor *>                                        rows(tables.size(), nullptr);
     std::unordered_map<ggml_tensor *, llama_firstlayer_walk::row_ref> row_refs;
     for (const auto & [t, i] : found) {
-        auto & site = sites[i];
+        const auto & site = sites[i];
+        if (tables[site.table].dropped) {
+            continue;
+        }
         if (!rows[site.table]) {
             rows[site.table] = look_up(model, params, site.table, index);
         }
         row_refs[t] = { rows[site.table], site.column * sizeof(float) };
-        if (checking) {
-            site.used = true;
-            for (const ggml_tensor * from : walk.ancestors(t)) {
-                if (weights.count(from)) {
-                    sources.insert(from);
-                }
+        for (const ggml_tensor * from : checking ? walk.ancestors(t) : llama_firstlayer_walk::tensor_set()) {
+            if (weights.count(from)) {
+                sources.insert(from);
             }
         }
     }
@@ -252,20 +247,16 @@ void llama_firstlayer::rewrite(const llama_model &           model,
             llama_firstlayer_gather_in_place(ctx, t, model.dev_layer(0));
         }
     }
-    walk.replace(ctx, gf, row_refs);
+    const auto gone = walk.replace(ctx, gf, row_refs);
+    for (const auto & [t, i] : found) {
+        sites[i].used = sites[i].used || (checking && row_refs.count(t));
+    }
 
     // llama_context disables a fused operation if it is not on its layer's device: drop those that are gone
     auto & fused = const_cast<std::vector<llm_graph_fused_node> &>(params.res->get_fused_nodes());
-    if (fused.empty()) {
-        return;
-    }
-    llama_firstlayer_walk::tensor_set computed;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        computed.insert(ggml_graph_node(gf, i));
-    }
     fused.erase(std::remove_if(fused.begin(), fused.end(),
                                [&](const llm_graph_fused_node & node) {
-                                   return !computed.count(node.tensor) || row_refs.count(node.tensor);
+                                   return gone.count(node.tensor) || row_refs.count(node.tensor);
                                }),
                 fused.end());
 }
@@ -303,6 +294,21 @@ void llama_firstlayer::leave_out(const llama_model & model, const llm_graph_para
     }
 }
 
+const ggml_tensor * llama_firstlayer::find_phantom(ggml_cgraph * gf) const {
+    // told by their addresses: this looks at all operands of all nodes of a graph, and reads none of them
+    const char * begin = (const char *) ggml_get_mem_buffer(ctx_phantom.get());
+    const char * end   = begin + ggml_get_mem_size(ctx_phantom.get());
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+        for (const ggml_tensor * src : t->src) {
+            if (begin <= (const char *) src && (const char *) src < end && (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                return src;
+            }
+        }
+    }
+    return nullptr;
+}
+
 ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = params.res->get_gf();
 
@@ -338,16 +344,7 @@ ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_gr
         rewrite(model, params, walk);
     }
 
-    const ggml_tensor * missing = nullptr;
-    for (int i = 0; i < ggml_graph_n_nodes(gf) && !phantoms.empty(); ++i) {
-        const ggml_tensor * t = ggml_graph_node(gf, i);
-        for (const ggml_tensor * src : t->src) {
-            if (src && src->op == GGML_OP_NONE && !src->buffer && (t->flags & GGML_TENSOR_FLAG_COMPUTE) &&
-                phantoms.count(ggml_get_name(src))) {
-                missing = src;
-            }
-        }
-    }
+    const ggml_tensor * missing = phantoms.empty() ? nullptr : find_phantom(gf);
     if (!missing) {
         return gf;
     }

@@ -46,6 +46,10 @@ struct llama_firstlayer_products {
 // message of the last error in this thread, "" if there was none
 LLAMA_API const char * llama_firstlayer_error(void);
 
+// For programs: a mapped file that cannot be read any more, or that has become shorter, ends the process with a message on stderr
+// and exit code 1, instead of by a signal. The message must stay valid. Does nothing on Windows
+LLAMA_API void llama_firstlayer_explain_bus_errors(const char * message);
+
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
 // n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: load the whole vocabulary (slow), not just its size
 LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
@@ -237,10 +241,6 @@ LLAMA_API const char * llama_firstlayer_metrics(void);
 //
 
 #ifdef __cplusplus
-struct llama_firstlayer;
-#endif
-
-#if defined(__cplusplus) && defined(LLAMA_BUILD)
 
 #    include "ggml-cpp.h"
 
@@ -275,6 +275,8 @@ struct llama_firstlayer {
         ggml_tensor * tensor;                          // [row width, n_vocab]
 
         std::unique_ptr<std::atomic<bool>[]> fetched;  // rows whose pages were requested
+
+        bool dropped = false;                          // not used, since not all of its sites are in the graph
     };
 
     struct site {
@@ -355,6 +357,14 @@ struct llama_firstlayer {
     void create_cache(llama_model & model);
     void find_cache_sites(llama_model & model);
 
+    // Build the graphs of a context for n_tokens tokens, without memory for them. Returns false if the model has none of its own.
+    bool build_graphs(llama_model & model, uint32_t n_tokens);
+
+    // Recompute some rows, or all, if the weights that they were computed from are there. Throws std::runtime_error if they are not
+    // those of the tables.
+    void check_rows(llama_model & model);
+
+    bool   check_all         = false;  // all rows of the tables, not only some
     size_t cache_bytes       = 0;      // for rows that are computed; 0 for none
     bool   demand_rows       = false;  // leave out rows that nobody reads
     bool   demand_embeddings = false;  // and logits beside embeddings
@@ -363,6 +373,9 @@ struct llama_firstlayer {
 
     ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
     void          leave_out(const llama_model & model, const llm_graph_params & params);
+
+    // an elided weight that a graph reads, nullptr if none
+    const ggml_tensor * find_phantom(ggml_cgraph * gf) const;
 
     void rewrite(const llama_model & model, const llm_graph_params & params, const llama_firstlayer_walk & walk);
 

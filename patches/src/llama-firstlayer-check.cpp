@@ -1,0 +1,216 @@
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "llama-cpp.h"
+#include "llama-firstlayer-fill.h"
+#include "llama-firstlayer-walk.h"
+#include "llama-firstlayer.h"
+#include "llama-impl.h"
+#include "llama-mmap.h"
+#include "llama-model.h"
+
+#ifdef __linux__
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+//
+// check
+//
+
+// rows that are recomputed while loading, if that reads weights of no more than so many bytes; and at once, if all are
+static constexpr int64_t N_ROWS      = 32;
+static constexpr size_t  MAX_WEIGHTS = 64 << 20;
+static constexpr int64_t N_ROWS_ALL  = 512;
+
+// allowed error of a row: relative to the row, for other kernels, plus relative to the rounding error of the recomputed row
+static constexpr double ROW_ERROR    = 0.02;
+static constexpr double ROW_ROUNDING = 1.5;
+
+bool llama_firstlayer::build_graphs(llama_model & model, uint32_t n_tokens) {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx                = 8 * n_tokens;
+    params.n_batch              = n_tokens;
+    params.n_ubatch             = n_tokens;
+    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
+
+    // only graphs are built: no KV cache is allocated, and no compute buffers
+    const bool no_alloc    = model.hparams.no_alloc;
+    model.hparams.no_alloc = true;
+    checking               = true;
+    const llama_context_ptr ctx(llama_init_from_model(&model, params));
+    checking               = false;
+    model.hparams.no_alloc = no_alloc;
+    res_encoder.reset();
+    return ctx != nullptr;
+}
+
+static double norm(const std::vector<float> & a, const std::vector<float> & b) {
+    return std::sqrt(std::inner_product(a.begin(), a.end(), b.begin(), 0.0, std::plus<>(),
+                                        [](double x, double y) { return (x - y) * (x - y); }));
+}
+
+static std::vector<float> to_float(const std::vector<uint8_t> & data, ggml_type type, int64_t width) {
+    std::vector<float> res(width);
+    if (type == GGML_TYPE_F32) {
+        memcpy(res.data(), data.data(), data.size());
+    } else {
+        ggml_get_type_traits(type)->to_float(data.data(), res.data(), width);
+    }
+    return res;
+}
+
+// the values of a row as they are after quantization
+static std::vector<float> rounded(const std::vector<float> & row, ggml_type type) {
+    const std::vector<float> importance(row.size(), 1.0f);  // required by the smallest types
+    std::vector<uint8_t>     data(ggml_row_size(type, row.size()));
+    ggml_quantize_chunk(type, row.data(), data.data(), 0, 1, row.size(), importance.data());
+    return to_float(data, type, row.size());
+}
+
+static std::vector<float> stored(const ggml_tensor * table, int64_t row, int64_t column, int64_t width) {
+    std::vector<uint8_t> data(ggml_row_size(table->type, width));
+    ggml_backend_tensor_get(table, data.data(), row * table->nb[1] + ggml_row_size(table->type, column), data.size());
+    return to_float(data, table->type, width);
+}
+
+// memory that was mapped to be read on demand is not held because a check has read it
+static void release(const llama_memory_ranges & mapped) {
+#ifdef __linux__
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
+    for (const auto & range : mapped) {
+        const uintptr_t first = GGML_PAD((uintptr_t) range.addr, page);
+        const uintptr_t last  = ((uintptr_t) range.addr + range.size) / page * page;
+        if (first < last) {
+            madvise((void *) first, last - first, MADV_DONTNEED);
+        }
+    }
+#else
+    GGML_UNUSED(mapped);
+#endif
+}
+
+void llama_firstlayer::check_rows(llama_model & model) {
+    if (model.hparams.no_alloc || (!phantoms.empty() && !check_all)) {
+        return;
+    }
+    const ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    bool                   here    = phantoms.empty() && backend;
+    const int64_t          n_vocab = tables[0].tensor->ne[1];
+    const int64_t          n_batch = check_all ? N_ROWS_ALL : N_ROWS;
+
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> copies;
+    std::vector<ggml_tensor *>                             rows(sites.size(), nullptr);
+    std::vector<ggml_tensor *>                             inputs;
+    ggml_context_ptr                                       ctx;
+    ggml_cgraph *                                          gf = nullptr;
+
+    observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+        if (params.ubatch.n_tokens != n_batch) {
+            return;
+        }
+        if (!gf) {
+            const size_t           n    = 2 * params.res->get_max_nodes();  // those of an encoder and of a decoder
+            const ggml_init_params init = {
+                /*.mem_size   =*/n * ggml_tensor_overhead() + ggml_graph_overhead_custom(n, false),
+                /*.mem_buffer =*/nullptr,
+                /*.no_alloc   =*/true,
+            };
+            ctx.reset(ggml_init(init));
+            gf = ggml_new_graph_custom(ctx.get(), n, false);
+        }
+        for (const auto & [t, i] : walk.find(sites)) {
+            if (!rows[i] && sites[i].used) {
+                rows[i] = llama_firstlayer_copy(ctx.get(), walk.as_rows(params.res->get_ctx(), t), copies);
+                ggml_set_output(rows[i]->view_src ? rows[i]->view_src : rows[i]);
+                ggml_build_forward_expand(gf, rows[i]);
+            }
+        }
+        for (const ggml_tensor * t : walk.tokens()) {
+            if (copies.count(t)) {
+                inputs.push_back(copies.at(t));
+            }
+        }
+    };
+    build_graphs(model, n_batch);
+    observe = nullptr;
+
+    // what is read of the weights, all of them if not only some rows are
+    size_t              size = 0;
+    llama_memory_ranges mapped;
+    for (int i = 0; gf && i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        for (const ggml_tensor * t : node->src) {
+            if (weights.count(t)) {
+                here = here && t->buffer &&
+                       ggml_backend_supports_buft(backend.get(), ggml_backend_buffer_get_type(t->buffer));
+                size += node->op == GGML_OP_GET_ROWS ? n_batch * t->nb[1] : ggml_nbytes(t);
+                // by name, as advice about a mapping would clear memory of another kind
+                if (node->op != GGML_OP_GET_ROWS && lazy && spares.count(ggml_get_name(t)) && t->buffer &&
+                    strcmp(ggml_backend_buffer_name(t->buffer), "CPU_Mapped") == 0) {
+                    mapped.push_back({ t->data, ggml_nbytes(t) });
+                }
+            }
+        }
+    }
+    if (!here && check_all) {
+        throw std::runtime_error(
+            "tables can only be checked with the weights that they were computed from, on the CPU");
+    }
+    if (!here || (!check_all && size > MAX_WEIGHTS)) {
+        return;
+    }
+
+    const ggml_gallocr_ptr alloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
+    if (!gf || !ggml_gallocr_alloc_graph(alloc.get(), gf)) {
+        return;
+    }
+
+    llama_prefetch(mapped);  // at once, where pages would be read one by one
+
+    std::vector<int32_t> tokens(check_all ? n_vocab : n_batch);
+    std::random_device   random;  // which rows, nobody who made the file can know
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        tokens[i] = check_all ? i : random() % n_vocab;
+    }
+    tokens.resize(GGML_PAD(tokens.size(), n_batch), tokens.back());
+
+    // a router that is undecided between two experts may choose another one with other kernels, so a sample tells by most of its
+    // rows whose tables these are
+    const int64_t        n_allowed = check_all ? 0 : n_batch / 2;
+    std::vector<int64_t> n_wrong(sites.size(), 0);
+
+    for (size_t first = 0; first < tokens.size(); first += n_batch) {
+        for (ggml_tensor * t : inputs) {
+            ggml_backend_tensor_set(t, &tokens[first], 0, ggml_nbytes(t));
+        }
+        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("computing rows failed");
+        }
+        for (size_t i = 0; i < sites.size(); ++i) {
+            const ggml_tensor * table = tables[sites[i].table].tensor;
+            std::vector<float>  row(sites[i].width);
+            for (int64_t j = 0; rows[i] && j < n_batch; ++j) {
+                ggml_backend_tensor_get(rows[i], row.data(), j * row.size() * sizeof(float),
+                                        row.size() * sizeof(float));
+                const auto   found   = stored(table, tokens[first + j], sites[i].column, sites[i].width);
+                const double error   = norm(found, row);
+                const double allowed = ROW_ERROR * norm(row, std::vector<float>(row.size())) +
+                                       ROW_ROUNDING * norm(rounded(row, table->type), row);
+                if (!(error <= allowed) && ++n_wrong[i] > n_allowed) {
+                    throw std::runtime_error(
+                        format("the tables are not of this model: '%s' of token %d is another one than its weights "
+                               "give; convert the model again",
+                               sites[i].name.c_str(), tokens[first + j]));
+                }
+            }
+        }
+    }
+    release(mapped);
+}

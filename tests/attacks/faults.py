@@ -1,0 +1,119 @@
+"""Lets the system's functions fail, one call after the other: `python -m attacks.faults`, from this folder's parent.
+
+For conversions, sidecars and reversions, that write a file or replace one: the source stays, the output is as before or whole,
+the error is one sentence, and the next run leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from support.command_line import cli
+from support.models import write_archs
+
+# what may fail, and how: a full disk, one that cannot be written to, permissions that were taken away, file systems without
+# links, locks or names that can be changed, and a folder that was removed
+FAULTS = {
+    "open64": [errno.EACCES, errno.ENOSPC, errno.EROFS],
+    "write": [errno.ENOSPC, errno.EIO],
+    "fsync": [errno.EIO],
+    "ftruncate64": [errno.ENOSPC],
+    "truncate64": [errno.EFBIG],
+    "mkdir": [errno.EROFS, errno.ENOENT],
+    "link": [errno.EPERM, errno.ENOENT],
+    "rename": [errno.EXDEV, errno.EACCES],
+    "flock": [errno.ENOLCK],
+}
+
+
+def shim(folder: Path) -> Path:
+    """The library that lets calls fail."""
+    library = folder / "faults.so"
+    source = Path(__file__).with_name("faults.cpp")
+    subprocess.run(["c++", "-std=c++17", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    return library
+
+
+class Bench:
+    """Commands that write a file, and what they write when nothing fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.library = folder / "work", shim(folder)
+        self.folder.mkdir()
+        write_archs(folder)
+        self.source = Path(shutil.move(folder / "llama-dense.gguf", self.folder / "x.gguf"))
+        kept = folder / "kept.gguf"
+        convert = ["convert", self.source, "--type", "q8_0"]
+        assert cli(*convert, "--keep-weights", "-o", kept).returncode == 0
+        self.commands = {
+            "x-flp.gguf": convert,
+            "x_firstlayer.gguf": [*convert, "--sidecar"],
+            "y.gguf": ["revert", kept, "-o", self.folder / "y.gguf"],
+        }
+        self.before, self.whole = self.source.read_bytes(), {}
+        for output, command in self.commands.items():
+            assert cli(*command).returncode == 0
+            self.whole[output] = (self.folder / output).read_bytes()
+            (self.folder / output).unlink()
+
+    def attack(self, output: str, function: str, n: int, error: int, replace: bool) -> tuple[bool, str]:
+        """Run a command whose n-th call of a function fails, and those after it. Returns whether one did, and what is wrong."""
+        path, fired = self.folder / output, self.folder.parent / "fired"
+        if replace:
+            path.write_bytes(b"precious")
+        environment = os.environ | {
+            "LD_PRELOAD": str(self.library),
+            "FAULT": f"{function}:{n}:{error}",
+            "FAULT_FOLDER": str(self.folder),
+            "FAULT_FIRED": str(fired),
+        }
+        done = cli(*self.commands[output], *["--force"] * replace, env=environment)
+        has_fired = fired.exists()
+        fired.unlink(missing_ok=True)
+
+        wrong = []
+        content = path.read_bytes() if path.exists() else b""
+        if content not in (self.whole[output], b"precious" if replace else b""):
+            wrong.append("the output is neither as before nor whole")
+        if self.source.read_bytes() != self.before:
+            wrong.append("the source changed")
+        if done.returncode not in (0, 1) or "Traceback" in done.stderr:
+            wrong.append(f"exit code {done.returncode}: {done.stderr[-300:]}")
+        if done.returncode == 1 and not done.stderr.splitlines()[-1].startswith("gguf-firstlayer: "):
+            wrong.append(f"no sentence: {done.stderr[-300:]}")
+        if done.returncode == 0 and content != self.whole[output]:
+            wrong.append("it says that it succeeded")
+        path.unlink(missing_ok=True)
+        if cli(*self.commands[output]).returncode != 0 or sorted(os.listdir(self.folder)) != sorted([output, self.source.name]):
+            wrong.append(f"the next run leaves {sorted(os.listdir(self.folder))}")
+        path.unlink(missing_ok=True)
+        return has_fired, "; ".join(wrong)
+
+
+def main() -> int:
+    """Attack every call of every function. Returns how many attacks found something."""
+    n_faults = n_wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name))
+        for output in bench.commands:
+            for function, errors in FAULTS.items():
+                for error in errors:
+                    for replace in (False, True):
+                        n, has_fired = 1, True
+                        while has_fired:
+                            has_fired, wrong = bench.attack(output, function, n, error, replace)
+                            n_faults, n, n_wrong = n_faults + has_fired, n + 1, n_wrong + bool(wrong)
+                            if wrong:
+                                print(f"{output}, {function} {n - 1}, {os.strerror(error)}, {replace=}: {wrong}", flush=True)
+    print(f"{n_faults} faults, {n_wrong} wrong")
+    return n_wrong
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))
