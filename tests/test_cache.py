@@ -9,7 +9,7 @@ from pathlib import Path
 import architectures
 import numpy as np
 import pytest
-from support.builds import PATCHED, ROOT, STOCK, Cached, both, run, same, session
+from support.builds import EXACT_FROM, PATCHED, ROOT, STOCK, Cached, both, run, same, session
 from support.command_line import run_tool, tool
 from support.counting import COUNTED, can_count, instructions
 from support.models import convert, quantized
@@ -39,12 +39,13 @@ def test_architecture(name, archs):
     jobs = [job | {"load": load} for load in ({"cache": 64}, {"cache_rows": SMALL})]
     (stock,), (large, small) = both(lambda side: run(*side), (STOCK, job), (PATCHED, *jobs))
     for cached in (large, small):
-        assert np.array_equal(stock[7], cached[7])
-        assert np.array_equal(stock[64], cached[64])
+        own = max(architectures.distance(stock[1], stock[size]) for size in job["batches"] if stock[size] is not None)
+        for size in (1, 7, 64):
+            if size >= EXACT_FROM:
+                assert np.array_equal(stock[size], cached[size])
+            assert architectures.distance(stock[size], cached[size]) <= 1.5 * own
         if stock["parallel"] is not None:
             assert np.array_equal(stock["parallel"], cached["parallel"])
-        own = max(architectures.distance(stock[1], stock[size]) for size in job["batches"] if stock[size] is not None)
-        assert architectures.distance(stock[1], cached[1]) <= 1.5 * own
     # rows do not depend on when they were computed, nor on what was evicted before
     for size in job["batches"]:
         assert stock[size] is None or np.array_equal(large[size], small[size])
@@ -214,7 +215,7 @@ def test_plan(smollm):
 
 def test_verify(smollm, llama):
     """Bit for bit where the kernels are the same; with evictions in the second pass."""
-    result = verify(smollm, cache="auto")
+    result = verify(smollm, cache="auto", tokens=600)
     assert result.problems == []
     assert result.logits_same == 1
     first, second = result.caches

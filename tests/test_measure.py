@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFValueType
 from support.builds import ROOT
 from support.command_line import cli, refusal
 from support.counting import COUNTED, bytes_read, can_count, instructions
@@ -34,12 +36,14 @@ from gguf_firstlayer.bench import (
     summary,
     verdict,
 )
-from gguf_firstlayer.cost import bound, estimate, of_file
+from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.decoder import Decoder, InMemoryDecoder
-from gguf_firstlayer.file_format import fitting
+from gguf_firstlayer.estimate import bound, estimate
+from gguf_firstlayer.file_format import Measurement, fitting
 from gguf_firstlayer.runtime import analyse
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.timing import Load, Ratio, ratio
+from gguf_firstlayer.verify import MAX_KLD
 from gguf_firstlayer.verify import summary as verify_summary
 
 # of ordinary words: llama-perplexity takes the least probable tokens for more probable than they are
@@ -102,6 +106,37 @@ def test_verify_from_the_command_line(smollm, smollm_flp, tmp_path):
     assert done.returncode == 0
     assert (result["tokens"], result["scored"]) == (256, 2 * 63)
     assert len(result["greedy"]) == 4
+
+
+def test_verdict_does_not_rest_on_the_file(llama, tmp_path):
+    """A forger chooses the bound in the file, and knows which rows were checked once."""
+    known = np.unique(np.append(np.random.default_rng(0).integers(0, 128, 64), [0, 127]))
+    honest = convert(llama, tmp_path / "honest.gguf").output
+    claims = {f"firstlayer.measured.{field.name}": (1e9, GGUFValueType.FLOAT32) for field in dataclasses.fields(Measurement)}
+
+    def forge(name, data):
+        if not name.startswith("firstlayer"):
+            return data
+        forged = np.zeros_like(data)
+        forged[known] = data[known]
+        return forged
+
+    result = verify(llama, rewrite(honest, tmp_path / "forged.gguf", change_tensor=forge, keys=claims))
+    assert result.kld_bound == MAX_KLD
+    assert "some differ from the tables" in result.problems[0]
+
+    one = rewrite(honest, tmp_path / "one.gguf", change_tensor=lambda name, data: _without_row(name, data, 77))
+    result = verify(llama, one, all_rows=True, max_kld=0.5)
+    assert (result.rows_checked, result.kld_bound) == (128, 0.5)
+    assert result.rows_same == 127 / 128
+    assert re.search(r"of 128 rows recomputed, some differ from the tables: .* of 1 tokens, such as 77", result.problems[0])
+
+
+def _without_row(name: str, data: np.ndarray, row: int) -> np.ndarray:
+    if name.startswith("firstlayer"):
+        data = data.copy()
+        data[row] = 0
+    return data
 
 
 def test_tables_of_another_model(llama, tmp_path):

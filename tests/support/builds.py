@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import platform
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,10 @@ PATCHED = paths()["libllama"].parent
 
 WORKER = Path(__file__).with_name("worker.py")
 
+
+# from this batch size on, kernels round like those of large batches, with which rows are computed; what differs is seen by the
+# difference of the stock library between batch sizes
+EXACT_FROM = 2 if platform.machine() in ("x86_64", "AMD64") else 64
 
 # MiB that hold so few rows of SmolLM2 that some are evicted now and then
 CACHE_SIZE = 1
@@ -66,15 +72,32 @@ class CachedAndDemanded(Cached):
     CONTEXT, EXACT = Demanded.CONTEXT, Demanded.EXACT
 
 
+# processes of worker.py that wait for jobs, by their build
+IDLE: dict[Path, list[subprocess.Popen[str]]] = defaultdict(list)
+
+
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     """Results of jobs of worker.py on a build of llama.cpp, in a separate process."""
     jobs = tuple(job | {"load": job.get("load", {}) | getattr(job.get("model"), "LOAD", {})} for job in jobs)
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
-    with tempfile.NamedTemporaryFile(suffix=".pickle") as out:
-        command = [sys.executable, str(WORKER), out.name]
-        text = json.dumps(jobs, default=str)
-        done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    # elsewhere, libraries of devices may not survive a fork; what is preloaded must be there from the start
+    forks = sys.platform == "linux" and "LD_PRELOAD" not in environment
+    worker = IDLE[build].pop() if forks and IDLE[build] else None
+    if worker is None:
+        pipe = subprocess.PIPE
+        worker = subprocess.Popen([sys.executable, str(WORKER)], stdin=pipe, stdout=pipe, text=True, env=environment)
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as out, tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        request = {"jobs": jobs, "environment": environment, "out": out.name, "log": log.name, "forks": forks}
+        worker.stdin.write(json.dumps(request, default=str) + "\n")
+        worker.stdin.flush()
+        if forks:
+            code = worker.stdout.readline().strip()
+            assert code, "worker.py ended"
+            IDLE[build].append(worker)
+        else:
+            worker.communicate()
+            code = str(worker.returncode)
+        assert code == "0", f"{code}: {log.read()[-2000:]}"
         return pickle.load(out)
 
 

@@ -23,8 +23,8 @@ from support.ports import free_port
 @contextmanager
 def serving(
     command: list[object], is_up: Callable[[], object], not_yet: tuple[type[Exception], ...], **options: Any
-) -> Iterator[None]:
-    """Run a server during the context, which begins once the server answers.
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server during the context, which begins once the server answers. Yields its process.
 
     Args:
         is_up: sends it a request
@@ -42,7 +42,7 @@ def serving(
                     break
                 except not_yet:
                     time.sleep(0.05)
-            yield
+            yield process
         finally:
             process.kill()
 

@@ -1,7 +1,8 @@
 """Runs models on one build of llama.cpp through llama-cpp-python's own bindings, in a process of its own.
 
 The build is chosen by LLAMA_CPP_LIB_PATH, so the same client drives the stock and the patched library.
-Reads jobs as JSON from stdin, writes results to the file given as argument (pickle: numpy arrays and strings).
+Reads requests as JSON from stdin, a line each, and forks for each, since importing takes longer than most jobs. The results are
+in the request's file (pickle: numpy arrays and strings) when the exit code is printed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import pickle
 import sys
 import tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def on_log(level, text, _user_data):
 
 
 class Model:
-    def __init__(self, path, sidecar=None, cache=0, cache_rows=0, demand=None, **options):
+    def __init__(self, path, sidecar=None, cache=0, cache_rows=0, demand=None, check=None, **options):
         """A model with its sidecar, if it has one; with a row cache of `cache` MiB or "auto", or of `cache_rows` rows."""
         params = llama_cpp.llama_model_default_params()
         if cache_rows and (cached := cache_data(Model(path, cache=4096, **options))):
@@ -67,6 +69,8 @@ class Model:
             self.override("firstlayer.cache", cache)
         if demand:
             self.override("firstlayer.demand", demand)
+        if check:
+            self.override("firstlayer.check", check)
         params.kv_overrides = self.overrides
         if "n_gpu_layers" not in options:
             self.no_device = (ctypes.c_void_p * 1)(None)  # a device would also get large products of layers on the CPU
@@ -216,7 +220,7 @@ def outputs(job):
     results = {}
     for size in job["batches"]:
         options = {"embeddings": True, "pooling_type": 0, "n_seq_max": len(tokens), "kv_unified": True} if embeds else {}
-        context = model.context(flash_attn_type=0, **options)
+        context = model.context(flash_attn_type=job.get("flash_attn", 0), **options)
         if encodes:
             assert decode(context, tokens, run=llama_cpp.llama_encode) == 0
         if size == "parallel":
@@ -361,6 +365,23 @@ def load(job):
     except RuntimeError as err:
         return str(err)
     return ""
+
+
+def attacked(job):
+    """Load a model and decode with it, as a user of a hostile file does: messages, "" if it runs, and the peak of memory."""
+    message = ""
+    try:
+        model = Model(job["model"], **job.get("load", {}))
+        context = model.context(n_ctx=64)
+        for first, tokens in enumerate([[1, 2, 3, 4], [5], [6]]):
+            if decode(context, tokens, first and first + 3) != 0:
+                raise RuntimeError("".join(messages))
+        llama_cpp.llama_free(context)
+        model.close()
+    except RuntimeError as err:
+        message = str(err)
+    with open("/proc/self/status") as file:  # what getrusage says may be of the process that started this one
+        return message, 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 def make_batch(context, parts):
@@ -648,12 +669,38 @@ def sample(job):
     return out, in_graph
 
 
-if __name__ == "__main__":
+def perform(jobs, out):
+    """Write the results of jobs to a file."""
     llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     results = []
-    for job in json.load(sys.stdin):
+    for job in jobs:
         messages.clear()
         results.append(globals()[job["run"]](job))
-    with open(sys.argv[1], "wb") as out:
-        pickle.dump(results, out)
+    with open(out, "wb") as file:
+        pickle.dump(results, file)
+
+
+def child(request):
+    """Perform the jobs of a request in its environment, which is a process of its own, and end it."""
+    code = 1
+    try:
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        log = os.open(request["log"], os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        perform(request["jobs"], request["out"])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not (pid := os.fork() if request["forks"] else 0):
+            child(request)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
