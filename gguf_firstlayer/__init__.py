@@ -3,12 +3,13 @@
 import gguf_firstlayer.start  # noqa: F401 (first: it prepares the process for the other imports)
 from gguf_firstlayer.bench import Bench, bench
 from gguf_firstlayer.c_api import RowCache, row_cache, sidecar_overrides
+from gguf_firstlayer.card import card
 from gguf_firstlayer.convert import Conversion, convert
-from gguf_firstlayer.cost import Plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.estimate import Plan
 from gguf_firstlayer.inspect import Inspection, inspect
 from gguf_firstlayer.paths import paths
-from gguf_firstlayer.plan import plan
+from gguf_firstlayer.plan import Plans, plan, plan_all
 from gguf_firstlayer.revert import Reversion, revert
 from gguf_firstlayer.shape import Shape
 from gguf_firstlayer.verify import Verification, verify
@@ -21,16 +22,19 @@ __all__ = [
     "FirstLayerError",
     "Inspection",
     "Plan",
+    "Plans",
     "Reversion",
     "RowCache",
     "Shape",
     "UsageError",
     "Verification",
     "bench",
+    "card",
     "convert",
     "inspect",
     "paths",
     "plan",
+    "plan_all",
     "revert",
     "row_cache",
     "sidecar_overrides",

@@ -16,9 +16,10 @@ import shtab
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
+from gguf_firstlayer.hub import model_name
 from gguf_firstlayer.installation import build
 from gguf_firstlayer.start import STOPPING
-from gguf_firstlayer.text import log
+from gguf_firstlayer.text import Printable, log, printable
 
 # verb (a module of this package) -> an example call
 VERBS = {
@@ -28,6 +29,7 @@ VERBS = {
     "bench": "gguf-firstlayer bench model.gguf model-flp.gguf --batch 1,512 --context 0,4096",
     "revert": "gguf-firstlayer revert model-flp.gguf -o model.gguf",
     "inspect": "gguf-firstlayer inspect model-flp.gguf",
+    "card": "gguf-firstlayer card model-flp.gguf --base-model user/repo > README.md",
     "run": "gguf-firstlayer run main -m model-flp.gguf -p Hello",
     "paths": "gguf-firstlayer paths --json",
 }
@@ -52,8 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         verb = subparsers.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
         module.add_arguments(verb)
         for action in verb._actions:
-            if action.type is Path:
+            if action.type in (Path, model_name):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
+            if action.type is model_name:
+                verb.epilog = f"example: {example}; a model may also be hf:USER/REPO[:QUANTIZATION], or a URL"
         verb.set_defaults(
             run=module.main, failure=getattr(module, "FAILURE", 1), interrupted=getattr(module, "INTERRUPTED", "")
         )
@@ -73,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored in a background job, or under nohup
             signal.signal(number, _interrupt)
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(Printable())
+        log.addHandler(handler)
         log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # the terminal may be closed
     failure, interrupted = 1, ""
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     with suppress(OSError):  # the terminal may be closed
-        print(f"gguf-firstlayer: {message}", file=sys.stderr)
+        print(printable(f"gguf-firstlayer: {message}"), file=sys.stderr)
     return code
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,11 @@ from gguf import GGMLQuantizationType
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.c_api import RowCache
-from gguf_firstlayer.cost import bound, of_file
+from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.estimate import bound
+from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
@@ -29,7 +30,7 @@ from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
 from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import count, numbers, progress, size_text, to_json
+from gguf_firstlayer.text import count, numbers, progress, show, size_text
 from gguf_firstlayer.timing import (
     BLOCK_TOKENS,
     DISTURBED,
@@ -129,8 +130,8 @@ class Bench:
 
 
 def bench(
-    source: str | os.PathLike[str],
-    converted: str | os.PathLike[str] | None = None,
+    source: ModelName,
+    converted: ModelName | None = None,
     *,
     cache: float | str | None = None,
     demand: str | None = None,
@@ -150,7 +151,7 @@ def bench(
     several times. Tokens come from the built-in sample, repeated from random places. The files are in the page cache.
 
     Args:
-        source: GGUF file; of a split model, the first part
+        source: GGUF file, or what `hub.local` takes; of a split model, the first part
         converted: likewise
         cache: instead of a converted file: MiB for a row cache of the source, or "auto". It is warm, unless tokens are random:
             the text has passed through it
@@ -189,12 +190,12 @@ def bench(
     if loads < 2:
         raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
     if converted is not None:
-        model, tables, files = open_pair(Path(source), Path(converted))
+        model, tables, files = open_pair(local(source), local(converted))
     elif cache is not None:
-        model, files = open_cached(Path(source), parse_cache(str(cache)))
+        model, files = open_cached(local(source), parse_cache(str(cache)))
         tables = model
     else:
-        model = tables = open_source(Path(source))
+        model = tables = open_source(local(source))
         files = Files((model,))
     if embeds:
         pooling = pooling or own_pooling(model)
@@ -380,8 +381,8 @@ def summary(result: Bench) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
-    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
-    parser.add_argument("converted", type=Path, nargs="?", metavar="CONVERTED.gguf")
+    parser.add_argument("source", type=model_name, metavar="SOURCE.gguf")
+    parser.add_argument("converted", type=model_name, nargs="?", metavar="CONVERTED.gguf")
     parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
     parser.add_argument("--demand", metavar="WHAT", help=HELP)
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
@@ -402,6 +403,7 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         pyplot_module()
         args.plot.mkdir(parents=True, exist_ok=True)
+        args.source, args.converted = (local(name) if name else None for name in (args.source, args.converted))
         inputs = [path for path in (args.source, args.converted) if path]
         check(plot_path(inputs[-1], args.plot), inputs, force=True, argument="plot")
     result = bench(
@@ -416,7 +418,7 @@ def main(args: argparse.Namespace) -> int:
         limit=args.ceiling,
         random_tokens=args.random_tokens,
     )
-    print(to_json(result) if args.json else summary(result))
+    show(result, args.json, summary)
     if args.plot:
         print(f"wrote {plot(result, args.plot)}", file=sys.stderr)
     return 0

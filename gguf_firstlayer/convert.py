@@ -16,14 +16,16 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import auto, file_format
 from gguf_firstlayer.c_api import library
-from gguf_firstlayer.cost import CostModel, SitePlan, estimate, of_model
+from gguf_firstlayer.cost import CostModel, of_model
 from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
+from gguf_firstlayer.estimate import SitePlan, estimate
+from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.selection import Growth, describe_price, read_growth, within
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import change_text, count, log, size_text, to_json
+from gguf_firstlayer.text import change_text, count, log, show, size_text
 from gguf_firstlayer.writer import lay_out, split, write
 
 INTERRUPTED = ", nothing was written"
@@ -71,7 +73,7 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: ModelName,
     output: str | os.PathLike[str] | None = None,
     *,
     type: str = "auto",
@@ -88,7 +90,7 @@ def convert(
     All other tensors and keys are copied byte for byte. The output appears under its name only when it is complete.
 
     Args:
-        source: the model, which is not modified; of a split model, the first part
+        source: the model, which is not modified, or what `hub.local` takes; of a split model, the first part
         output: default: `x-flp.gguf` beside `x.gguf`; of a sidecar, `x_firstlayer.gguf`
         type: ggml type of the tables, as llama.cpp spells it; where its blocks do not divide a site's width, the nearest type
             that fits. "auto" measures, and takes the smallest types without a measurable effect
@@ -117,13 +119,14 @@ def convert(
         selection = _select(job, analysis, costs)
         contents = lay_out(model, analysis, selection.types, costs, keep_weights, sidecar)
         _check_room(job, costs, selection.types)
-        with replacing(job.output) as temporary:
+        with replacing(job.output, force) as temporary:
             write(temporary, analysis, contents, selection.measurement)
             if split_max_size:
                 split(temporary, split_max_size)
             first = min(temporary.parent.iterdir())
             library().check(*((model.path, first) if sidecar else (first,)))
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
+            model.check_unchanged()
 
     expected = estimate(costs, selection.types)
     return Conversion(
@@ -160,7 +163,7 @@ class _Job(NamedTuple):
 
 
 def _prepare(
-    source: str | os.PathLike[str],
+    source: ModelName,
     output: str | os.PathLike[str] | None,
     type: str,
     max_kld: float,
@@ -178,7 +181,7 @@ def _prepare(
         raise UsageError(f"{split_max_size} is not a size of parts; give one like 500M or 2G")
     if sidecar and split_max_size is not None:
         raise UsageError(f"a sidecar cannot be split; leave out {option('split_max_size')}")
-    model = Source(Path(source))
+    model = Source(local(source))
     growth = read_growth(max_growth, model.bytes)
     if model.get_field(file_format.KEY_VERSION) is not None:
         raise FirstLayerError(f"{model.path} is already converted; convert the original model")
@@ -291,7 +294,9 @@ def summary(result: Conversion) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `convert`."""
-    parser.add_argument("source", type=Path, metavar="IN.gguf", help="the model to convert; it is not modified")
+    parser.add_argument(
+        "source", type=model_name, metavar="IN.gguf", help="the model to convert; it is not modified; or hf:USER/REPO[:QUANT]"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.gguf", help="default: IN-flp.gguf beside IN.gguf")
     parser.add_argument(
         "--type", default="auto", metavar="TYPE", help=f"type of the tables: auto (default), {', '.join(file_format.TYPES)}"
@@ -327,5 +332,5 @@ def main(args: argparse.Namespace) -> int:
         device=args.device,
         force=args.force,
     )
-    print(to_json(result) if args.json else summary(result))
+    show(result, args.json, summary)
     return 0

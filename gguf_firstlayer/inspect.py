@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import describe
+from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.runtime import Site, analyse
 from gguf_firstlayer.source import Source
-from gguf_firstlayer.text import size_text, to_json
+from gguf_firstlayer.text import show, size_text
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Inspection:
     blocker: str
 
 
-def inspect(path: str | os.PathLike[str]) -> Inspection:
+def inspect(path: ModelName) -> Inspection:
     """Look into a GGUF file, converted or not.
 
     Raises:
         FirstLayerError: it cannot be read, or llama.cpp cannot load it.
     """
-    path = Path(path)
+    path = local(path)
     source = Source(path)
     architecture, file_bytes = source.architecture, source.bytes
     sites, tables, elided = file_format.read(source)
@@ -101,12 +101,12 @@ def text(result: Inspection) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `inspect`."""
-    parser.add_argument("path", type=Path, metavar="FILE.gguf")
+    parser.add_argument("path", type=model_name, metavar="FILE.gguf")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `inspect` from the command line."""
     result = inspect(args.path)
-    print(to_json(result) if args.json else text(result))
+    show(result, args.json, text)
     return 0

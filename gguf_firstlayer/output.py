@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gguf_firstlayer.errors import FirstLayerError, option
@@ -50,17 +51,25 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
         if path.exists() and any(path.samefile(source) for source in sources):
             raise FirstLayerError(f"{path} is an input; choose another name with {option(argument)}")
         if not force:
-            raise FirstLayerError(
-                f"{path} exists; replace it with {option('force', True)}, or choose another name with {option(argument)}"
-            )
+            raise _exists(path, argument)
+
+
+def _exists(path: Path, argument: str = "output") -> FirstLayerError:
+    return FirstLayerError(
+        f"{path} exists; replace it with {option('force', True)}, or choose another name with {option(argument)}"
+    )
 
 
 @contextmanager
-def replacing(output: Path) -> Iterator[Path]:
+def replacing(output: Path, force: bool) -> Iterator[Path]:
     """Yield a path with the output's name in a temporary folder beside it; at the end, the files in the folder move out.
 
+    Args:
+        output: file
+        force: replace files that exist
+
     Raises:
-        FirstLayerError: the output cannot be written.
+        FirstLayerError: the output cannot be written, or exists by then.
     """
     try:
         _remove_abandoned(output)
@@ -72,15 +81,37 @@ def replacing(output: Path) -> Iterator[Path]:
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
             _sync(part)
-        for part in parts:
-            part.replace(output.with_name(part.name))
+        with ExitStack() as undo:
+            for part in parts:
+                target = output.with_name(part.name)
+                _appear(part, target, force)
+                if not force:
+                    undo.callback(target.unlink)
+            undo.pop_all()
         _sync(output.parent)
     except OSError as err:
+        if err.errno == errno.EFAULT:  # a page of a mapped file is gone
+            raise FirstLayerError(f"a source of {output} was truncated while it was read; nothing was written") from err
         raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _appear(part: Path, target: Path, force: bool) -> None:
+    """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile."""
+    if force:
+        part.replace(target)
+        return
+    try:
+        os.link(part, target)  # unlike a rename, never replaces anything
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise _exists(target) from None
+        part.rename(target)
 
 
 def _make_folder(output: Path) -> tuple[Path, int | None]:

@@ -1,35 +1,27 @@
-"""`plan`: what a conversion would gain and cost, from the metadata of a model or from a published shape."""
+"""`plan`: what a conversion would gain and cost, from the metadata of models or from a published shape."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import csv
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.cost import (
-    BATCHES,
-    PROMPT_TOKENS,
-    TEXT_TOKENS,
-    CostModel,
-    Plan,
-    all_of_file,
-    both_of_file,
-    cached,
-    estimate,
-)
+from gguf_firstlayer.cost import CostModel, all_of_file, both_of_file
 from gguf_firstlayer.demand import N_TOKENS
 from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan, parse_device
 from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.estimate import BATCHES, PROMPT_TOKENS, TEXT_TOKENS, Plan, cached, estimate
+from gguf_firstlayer.hub import HUB, ModelName, header, model_name, models, models_among
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
-from gguf_firstlayer.text import change_text, count, numbers, size_text, to_json
+from gguf_firstlayer.text import change_text, count, log, numbers, printable, progress, show, show_table, size_text, to_json
 
 # types for which the size of the tables is printed
 SHOWN = ("q4_0", "q5_1", "q8_0", "f16", "f32")
-
 
 # growth of the file that users may want to avoid
 LARGE_GROWTH = 0.25
@@ -39,7 +31,7 @@ NOTICEABLE = 1.001
 
 
 def plan(
-    model: str | os.PathLike[str] | CostModel,
+    model: ModelName | CostModel,
     *,
     type: str = "q8_0",
     batches: Sequence[int] = BATCHES,
@@ -49,7 +41,8 @@ def plan(
     """What a conversion would gain and cost.
 
     Args:
-        model: a GGUF file, of a split model the first part; or `Shape(...).cost_model()`
+        model: a GGUF file, of a split model the first part; what `hub.local` takes, of which only the header is read; or
+            `Shape(...).cost_model()`
         type: of the tables; "auto" is planned as q8_0
         batches: batch sizes to report the reads of
         keep_weights: for a conversion with `keep_weights`
@@ -67,10 +60,11 @@ def plan(
     if isinstance(model, CostModel):
         shape = for_cache = model
     else:
+        path = header(model)
         try:
-            shape, for_cache, demand = all_of_file(Path(model))
+            shape, for_cache, demand = all_of_file(path)
         except FirstLayerError:  # perhaps llama.cpp aborted on a graph that embeds
-            shape, for_cache = both_of_file(Path(model))
+            shape, for_cache = both_of_file(path)
     site_types = {site: file_format.fitting(wanted, site.width) for site in shape.sites}
     return replace(
         estimate(shape, site_types, batches, keep_weights),
@@ -78,6 +72,60 @@ def plan(
         demand=demand,
         device=device_plan(shape, site_types, where) if where else None,
     )
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans of several models.
+
+    Attributes:
+        plans: those that gain most in decoding first
+        refused: why the others have none, by name
+    """
+
+    plans: list[Plan]
+    refused: dict[str, str]
+
+
+def plan_all(names: Sequence[ModelName], *, type: str = "q8_0", device: str | None = None) -> Plans:
+    """Plan several models, each as `plan` does.
+
+    Args:
+        names: models; folders stand for all models in them, and `hf:user/repo` for all in this repository
+        type: as for `plan`
+        device: likewise
+
+    Raises:
+        UsageError: the type is unknown.
+        FirstLayerError: a repository cannot be listed, or none of the models can be planned.
+    """
+    names = _expand(names)
+    plans: list[Plan] = []
+    refused: dict[str, str] = {}
+    with progress("planning", len(names), "model") as bar:
+        for name in names:
+            try:
+                plans.append(plan(name, type=type, device=device))
+            except UsageError:
+                raise
+            except FirstLayerError as err:
+                refused[str(name)] = str(err)
+            bar.update()
+    if not plans:
+        raise FirstLayerError(next(iter(refused.values()), "there is no GGUF model; name a file, a folder or a repository"))
+    return Plans(sorted(plans, key=lambda each: (-each.decode_bound, each.name)), refused)
+
+
+def _expand(names: Sequence[ModelName]) -> list[ModelName]:
+    found: list[ModelName] = []
+    for name in names:
+        if isinstance(name, str) and name.startswith(HUB):
+            found += models(name)
+        elif Path(name).is_dir():
+            found += map(Path, models_among([str(path) for path in Path(name).rglob("*.gguf")]))
+        else:
+            found.append(name)
+    return found
 
 
 def _factor(value: float) -> str:
@@ -135,6 +183,46 @@ def text(result: Plan) -> str:
     return "\n".join([*lines, *_demand(result)])
 
 
+# of a table of plans
+_COLUMNS = ("model", "size", "decoding", "prefill", "file", "cached", "new prompt")
+_CSV = (
+    "name",
+    "architecture",
+    "file_bytes",
+    "decode_bound",
+    "prefill_bound",
+    "file_change",
+    "cache_decode_bound",
+    "cache_prefill_cold",
+    "blocker",
+)
+
+
+def _row(result: Plan) -> list[str]:
+    """A plan in one line."""
+    tables = cache = ["-", "-"]
+    if result.sites:
+        tables = [f"{result.decode_bound:.4f}x", f"{result.prefill_bound:.4f}x"]
+    if result.cache:
+        cache = [f"{result.cache.decode_bound:.4f}x", f"{result.cache.prefill_cold:.4f}x"]
+    return [result.name, size_text(result.file_bytes), *tables, f"{result.file_change / result.file_bytes:+.1%}", *cache]
+
+
+def _show_all(result: Plans, as_csv: bool) -> None:
+    """Print plans, one line each."""
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(_CSV)
+        for each in result.plans:
+            cache = (each.cache.decode_bound, each.cache.prefill_cold) if each.cache else ("", "")
+            figures = (each.file_bytes, each.decode_bound, each.prefill_bound, each.file_change)
+            writer.writerow([printable(each.name), printable(each.architecture), *figures, *cache, printable(each.blocker)])
+    else:
+        show_table(_COLUMNS, [_row(each) for each in result.plans])
+    for reason in result.refused.values():
+        log.info(reason)
+
+
 def _device(result: DevicePlan) -> list[str]:
     """What tables change on a device."""
     slower = " Tables make it slower there: use the source." if max(result.decode, result.prefill) < 1 else ""
@@ -175,7 +263,13 @@ def _advice(result: Plan) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan`."""
-    parser.add_argument("path", type=Path, nargs="?", metavar="FILE.gguf", help="a model, or its first megabytes")
+    parser.add_argument(
+        "paths",
+        type=model_name,
+        nargs="*",
+        metavar="FILE.gguf",
+        help="a model, or its first megabytes; for several, folders, or hf:USER/REPO, one line for each model",
+    )
     parser.add_argument("--shape", metavar="KEY=N,...", help="instead of a file: " + ", ".join(Shape.__annotations__))
     parser.add_argument(
         "--batch", type=numbers, default=BATCHES, metavar="N,...", help=f"batch sizes (default: {','.join(map(str, BATCHES))})"
@@ -191,14 +285,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"a device that holds all layers: {', '.join(PROFILES)}, or memory=GB/s,bus=GB/s,compute=TFLOP/s",
     )
+    parser.add_argument("--csv", action="store_true", help="print one line of comma-separated values for each model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `plan` from the command line."""
-    if (args.path is None) == (args.shape is None):
+    if bool(args.paths) == (args.shape is not None):
         raise UsageError("give either a file, or a --shape")
-    model = parse_shape(args.shape).cost_model() if args.path is None else args.path
-    result = plan(model, type=args.type, batches=args.batch, device=args.device)
-    print(to_json(result) if args.json else text(result))
+    if args.csv and (args.json or args.shape is not None):
+        raise UsageError("--csv is for plans of files, and without --json")
+    names = _expand(args.paths)
+    if args.csv or len(names) > 1 or names != args.paths:
+        plans = plan_all(names, type=args.type, device=args.device)
+        if args.json:
+            print(to_json(plans))
+        else:
+            _show_all(plans, args.csv)
+        return 0
+    model = names[0] if names else parse_shape(args.shape).cost_model()
+    show(plan(model, type=args.type, batches=args.batch, device=args.device), args.json, text)
     return 0

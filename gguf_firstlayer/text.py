@@ -6,15 +6,20 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gguf import GGMLQuantizationType
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    T = TypeVar("T", bound=DataclassInstance)
 
 # messages while a verb works; the command line prints them to stderr, other programs do as they like
 log = logging.getLogger("gguf_firstlayer")
@@ -57,12 +62,52 @@ def progress(task: str, total: int, unit: str) -> tqdm[Any]:
 
 
 def to_json(result: DataclassInstance) -> str:
-    """A result as JSON: types by their names, files as strings."""
+    """A result as JSON: types by their names, files as strings, and null for numbers that are not finite."""
 
-    def encode(value: object) -> object:
-        return value.name.lower() if isinstance(value, GGMLQuantizationType) else str(value)
+    def encode(value: Any) -> Any:
+        if isinstance(value, GGMLQuantizationType):
+            return value.name.lower()
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, list | tuple):
+            return [encode(item) for item in value]
+        if isinstance(value, dict):
+            return {key: encode(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
 
-    def factory(items: list[tuple[str, object]]) -> dict[str, object]:
-        return {key: encode(value) if isinstance(value, GGMLQuantizationType | Path) else value for key, value in items}
+    return json.dumps(encode(dataclasses.asdict(result)), indent=2, allow_nan=False)
 
-    return json.dumps(dataclasses.asdict(result, dict_factory=factory), indent=2)
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, such as names in a file may hold, are written as escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def show(result: T, as_json: bool, summary: Callable[[T], str]) -> None:
+    """Print a result, as JSON or as readable text."""
+    print(to_json(result) if as_json else printable(summary(result)))
+
+
+def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of names and figures, with lines on a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    is_terminal = sys.stdout.isatty()
+    table = Table(box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False)
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(width=None if is_terminal else 10_000, highlight=False).print(table)
+
+
+class Printable(logging.Formatter):
+    """Makes messages `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message of a record."""
+        return printable(super().format(record))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -53,6 +55,18 @@ def test_second_configure_touches_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in sources}
     assert configure(ROOT, tmp_path).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in sources} == before
+
+
+def test_bill_of_materials():
+    """Names llama.cpp's commit, and all that it vendors with the right hashes. Fails if something vendored is left out."""
+    (llama,) = json.loads((ROOT / "build" / "sbom.cdx.json").read_text())["components"]
+    assert llama["version"] == json.loads((PATCHED / "build.json").read_text())["llama.cpp"]
+    folder = ROOT / "build" / "llama.cpp"
+    listed = {file["name"]: file["hashes"][0]["content"] for library in llama["components"] for file in library["components"]}
+    sources = [path for path in (folder / "vendor").rglob("*") if path.suffix in (".h", ".hpp", ".c", ".cpp")]
+    assert len(sources) > 8
+    expected = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    assert listed == expected
 
 
 @pytest.mark.parametrize("broken", ["already patched", "unknown file"])

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from support.builds import ROOT, STOCK
 
-from gguf_firstlayer.cost import Plan, cached, estimate, of_model
+from gguf_firstlayer.cost import of_model
 from gguf_firstlayer.demand import demand_plan
 from gguf_firstlayer.device import PROFILES, device_plan
+from gguf_firstlayer.estimate import Plan, cached, estimate
 from gguf_firstlayer.file_format import fitting, table_type
 from gguf_firstlayer.runtime import Analysis, find_spares
 from gguf_firstlayer.source import Source, without_data

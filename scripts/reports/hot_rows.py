@@ -20,7 +20,7 @@ os.environ["LLAMA_CPP_LIB_PATH"] = str(PATCHED)
 import llama_cpp
 from support import worker
 
-from gguf_firstlayer.cost import distinct_tokens
+from gguf_firstlayer.estimate import distinct_tokens
 from gguf_firstlayer.runtime import Analysis
 
 DOC = ROOT / "docs" / "hot-rows.md"

@@ -14,12 +14,13 @@ from gguf_firstlayer import FirstLayerError  # noqa: F401 (imports all modules)
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "json.md"
 RESULTS = {
-    "plan": package.Plan,
-    "convert": package.Conversion,
-    "verify": package.Verification,
-    "bench": package.Bench,
-    "revert": package.Reversion,
-    "inspect": package.Inspection,
+    "`plan`": package.Plan,
+    "`plan` of several models": package.Plans,
+    "`convert`": package.Conversion,
+    "`verify`": package.Verification,
+    "`bench`": package.Bench,
+    "`revert`": package.Reversion,
+    "`inspect`": package.Inspection,
 }
 INTRODUCTION = Path(__file__).with_name("json_schema.md").read_text(encoding="utf-8")
 
@@ -55,7 +56,7 @@ def type_text(kind: object) -> tuple[str, list[type]]:
 
 def page() -> str:
     parts, done = [INTRODUCTION], set()
-    queue: list[tuple[str, type]] = [(f"`{verb}`: {kind.__name__}", kind) for verb, kind in RESULTS.items()]
+    queue: list[tuple[str, type]] = [(f"{call}: {kind.__name__}", kind) for call, kind in RESULTS.items()]
     while queue:
         title, kind = queue.pop(0)
         if kind in done:

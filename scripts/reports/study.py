@@ -57,8 +57,9 @@ from support.servers import free_port, openai_client, serving
 
 from gguf_firstlayer import bench, convert
 from gguf_firstlayer.auto import sample_tokens
-from gguf_firstlayer.cost import estimate, of_file
+from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.decoder import Decoder
+from gguf_firstlayer.estimate import estimate
 from gguf_firstlayer.file_format import fitting
 from gguf_firstlayer.pair import AUTO
 from gguf_firstlayer.runtime import analyse

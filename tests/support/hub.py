@@ -1,4 +1,4 @@
-"""A repository on the loopback device, as llama.cpp's -hf asks for it."""
+"""The Hugging Face Hub on the loopback device, as llama.cpp's -hf and huggingface_hub ask for it."""
 
 from __future__ import annotations
 
@@ -7,44 +7,120 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "1" * 40
 
 
+@dataclass
+class Hub:
+    """A server with some files in every repository, and what was asked of it.
+
+    Files are where large ones of the Hub are: another host, here `localhost`, to which a redirection leads.
+
+    Attributes:
+        port: of the server
+        token: needed to read the repositories
+        refusals: status and headers of the answers to the next requests for files
+        breaks: after how many bytes the next downloads end
+        downloaded: names of the files that were sent, whole or in parts
+        ranges: first and last byte of each part that was asked for
+        tokens: those that were sent, by host
+    """
+
+    port: int = 0
+    token: str | None = None
+    refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    breaks: list[int] = field(default_factory=list)
+    downloaded: list[str] = field(default_factory=list)
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    tokens: dict[str, set[str | None]] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Of the Hub, for HF_ENDPOINT."""
+        return f"http://127.0.0.1:{self.port}/"
+
+    @property
+    def elsewhere(self) -> str:
+        """Of the other host, where each file has its name."""
+        return f"http://localhost:{self.port}/files/"
+
+
 @contextmanager
-def hub(files: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Address of a server with these files in every repository, and the names of those that were downloaded."""
-    downloaded: list[str] = []
+def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
+    """Serve these files, by their paths in a repository."""
+    known = Hub(token=token)
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     listing = [
-        {"type": "file", "path": name, "lfs": {"oid": hashlib.sha256(path.read_bytes()).hexdigest()}}
+        {"type": "file", "path": name, "size": path.stat().st_size, "oid": digests[name], "lfs": {"oid": digests[name]}}
         for name, path in files.items()
     ]
+    for entry in listing:
+        entry["lfs"] |= {"size": entry["size"], "pointerSize": 100}
 
     class Handler(BaseHTTPRequestHandler):
-        def reply(self, data: bytes) -> None:
-            self.send_response(200)
+        def reply(self, data: bytes, status: int = 200, **headers: str) -> None:
+            self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(data)
 
+        def send(self, name: str) -> None:
+            data, etag = files[name].read_bytes(), f'"{digests[name]}"'
+            status, headers = 200, {"ETag": etag, "Accept_Ranges": "bytes"}
+            if self.command == "GET":
+                known.downloaded.append(name)
+                if (wanted := self.headers.get("Range")) is not None:
+                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    begin, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
+                    known.ranges.append((begin, end))
+                    headers["Content_Range"] = f"bytes {begin}-{end}/{len(data)}"
+                    data, status = data[begin : end + 1], 206
+                if known.breaks and known.breaks[0] < len(data):
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: known.breaks.pop(0)])
+                    self.close_connection = True
+                    return
+            self.reply(data, status, **headers)
+
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            if path.endswith("/refs"):
+            sent = self.headers.get("Authorization")
+            host = self.headers["Host"].partition(":")[0]
+            known.tokens.setdefault(host, set()).add(sent)
+            if known.refusals and (path.startswith("/files/") or "/resolve/" in path):
+                status, refusal = known.refusals.pop(0)
+                self.reply(b"", status, **refusal)
+            elif path.startswith("/files/"):
+                name = path.removeprefix("/files/")
+                self.send(name) if name in files else self.reply(b"", 404)
+            elif known.token is not None and sent != f"Bearer {known.token}":
+                self.reply(b"", 401, X_Error_Code="GatedRepo", X_Error_Message="gated")
+            elif path.startswith("/api/models/nobody/"):
+                self.reply(b"", 404, X_Error_Code="RepoNotFound")
+            elif path.endswith("/refs"):
                 branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
                 self.reply(json.dumps({"branches": [branch]}).encode())
-            elif f"/tree/{COMMIT}" in path:
+            elif "/tree/" in path:
                 self.reply(json.dumps(listing).encode())
-            elif f"/resolve/{COMMIT}/" in path:
-                name = path.rpartition("/")[2]
-                if self.command == "GET":
-                    downloaded.append(name)
-                self.reply(files[name].read_bytes())
+            elif "/resolve/" in path:
+                name = path.partition("/resolve/")[2].partition("/")[2]
+                if name not in files:
+                    self.reply(b"", 404, X_Error_Code="EntryNotFound")
+                    return
+                size = str(files[name].stat().st_size)
+                about = {"X_Repo_Commit": COMMIT, "X_Linked_Size": size, "X_Linked_ETag": f'"{digests[name]}"'}
+                self.reply(b"", 302, Location=f"{known.elsewhere}{name}", **about)
             else:
-                self.send_error(404)
+                self.reply(b"", 404)
 
         def do_HEAD(self) -> None:
             self.do_GET()
@@ -53,8 +129,9 @@ def hub(files: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        known.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/", downloaded
+            yield known
         finally:
             server.shutdown()

@@ -22,28 +22,37 @@ def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **o
     return gguf_firstlayer.convert(source, output, type=type, **options)
 
 
-def rewrite(source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset()) -> Path:
+def rewrite(
+    source: Path, target: Path, change_key=None, change_tensor=None, change_type=None, drop=frozenset(), keys=None, more=None
+) -> Path:
     """Copy a GGUF file, changing values of keys and tensors: the callbacks take a name and a value and return the new value.
 
     change_type: ggml type of the bytes that `change_tensor` returns instead of numbers
+    keys: values that replace those of the file or are added, with their types, and types of elements
+    more: tensors that are added
     """
+    keys = keys or {}
     reader = GGUFReader(source)
     writer = GGUFWriter(target, "unused")
     writer.kv_data[0].clear()
     for name, field in reader.fields.items():
-        if name.startswith("GGUF."):
+        if name.startswith("GGUF.") or name in keys:
             continue
         value = field.contents()
         if value == []:
             continue  # GGUFWriter cannot write empty arrays
         value = change_key(name, value) if change_key else value
         writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for name, value in keys.items():
+        writer.add_key_value(name, *value)
     for tensor in reader.tensors:
         if tensor.name in drop:
             continue
         data = change_tensor(tensor.name, tensor.data) if change_tensor else tensor.data
         kind = tensor.tensor_type if data.dtype == tensor.data.dtype else change_type if data.dtype == np.uint8 else None
         writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+    for name, data in (more or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

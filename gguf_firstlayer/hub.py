@@ -1,0 +1,372 @@
+"""Models on the Hugging Face Hub, and behind URLs, as files on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.source import Source, part_name, without_data
+from gguf_firstlayer.text import log
+
+T = TypeVar("T")
+
+# for arguments of the library: a file, or what `local` downloads
+ModelName = str | os.PathLike[str]
+
+HUB = "hf:"
+_REMOTE = re.compile(r"hf:|https?://")
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)|/(.+\.gguf))?")
+
+# what `-hf` of llama.cpp takes if no quantization is named, and names of files that it takes for no model
+# (common/download.cpp); and those of converted files, which may have been written beside their sources
+_DEFAULTS = ("Q4_K_M", "Q8_0")
+_OTHERS = re.compile(r"mmproj|imatrix|mtp-|eagle3-|dflash-|dspark-|_firstlayer\.gguf$|-flp(-\d{5}-of-\d{5})?\.gguf$")
+
+# bytes that are read of a file at first, and then, until its header is complete: vocabularies differ
+_HEADER_BYTES = (2 << 20, 8 << 20, 32 << 20)
+
+# how often a server that is busy, or does not answer, is asked, and after how many seconds, each time more, unless it says when
+_ATTEMPTS = 5
+_WAIT, _LONGEST_WAIT = 1.0, 300.0
+
+# those that versions of huggingface_hub use, whose errors are no OSError
+_HTTP_LIBRARIES = ("httpx", "httpx2")
+
+
+def is_remote(name: ModelName) -> bool:
+    """Whether `local` would have to look for it elsewhere."""
+    return isinstance(name, str) and bool(_REMOTE.match(name))
+
+
+def model_name(text: str) -> ModelName:
+    """A model as an argument of the command line."""
+    return text if is_remote(text) else Path(text)
+
+
+def local(name: ModelName) -> Path:
+    """A model as files on this machine, downloaded unless they are there. Of a split model, the first part.
+
+    Files from the Hub are kept in its cache (`HF_HUB_CACHE`), which llama.cpp's `-hf` shares; others in `HF_ASSETS_CACHE`.
+
+    Args:
+        name: a file; `hf:user/repo[:quant]`, which is understood as by `-hf` of llama.cpp; `hf:user/repo/file.gguf`; or a URL
+
+    Raises:
+        FirstLayerError: there is no such model, this user may not read it, or the server cannot be reached.
+    """
+    if not is_remote(name):
+        return Path(name)
+    parts = _parts(str(name))
+    folder = Path() if parts[0].repository else _version(parts[0]).folder
+    paths = [_download(part, folder) for part in parts]
+    return paths[0]
+
+
+def header(name: ModelName) -> Path:
+    """The same, but only its first megabytes are read, which hold its metadata, unless it was downloaded before."""
+    if not is_remote(name):
+        return Path(name)
+    parts = _parts(str(name))
+    cached = [_cached(part) for part in parts]
+    if all(cached):
+        return Path(str(cached[0]))
+    folder = _version(parts[0]).folder
+    paths = [_read_header(part, folder) for part in parts]
+    return paths[0]
+
+
+def models(name: str) -> list[str]:
+    """The models of `hf:user/repo`, each as `hf:user/repo/file.gguf`. The name of one model stands for itself."""
+    match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
+    if not match or match[2] or match[3]:
+        return [name]
+    return [f"{HUB}{match[1]}/{file}" for file in models_among(_list(name, match[1]))]
+
+
+def models_among(files: list[str]) -> list[str]:
+    """Those files that are models; of split ones, the first parts."""
+    names = {file: PurePosixPath(file).name for file in files}
+    parts = {file: Source.PART.fullmatch(name) for file, name in names.items()}
+    return [
+        file
+        for file, name in sorted(names.items())
+        if name.endswith(".gguf") and not _OTHERS.search(name) and ((part := parts[file]) is None or int(part[2]) == 1)
+    ]
+
+
+class _Remote(NamedTuple):
+    """A file elsewhere: as it was named, in a repository of the Hub, or, if `repository` is "", at a URL."""
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+
+    @property
+    def token(self) -> bool | None:
+        """The user's token is for the Hub only."""
+        return None if self.repository else False
+
+    @property
+    def url(self) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repository, self.file, revision=self.revision) if self.repository else self.file
+
+    @property
+    def basename(self) -> str:
+        path = self.file if self.repository else urlsplit(self.file).path
+        return PurePosixPath(path).name or "model.gguf"
+
+
+def _parts(name: str) -> list[_Remote]:
+    """All files of a model."""
+    first = _find(name)
+    match = Source.PART.fullmatch(first.basename)
+    if not match:
+        return [first]
+    names = [part_name(match[1], i, int(match[3])) for i in range(int(match[3]))]
+    return [first._replace(file=first.file.replace(first.basename, part)) for part in names]
+
+
+def _find(name: str) -> _Remote:
+    """The file that a name means; of a split model, its first part."""
+    from huggingface_hub import constants
+
+    if not name.startswith(HUB):
+        address, pattern = urlsplit(name), r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)"
+        at_hub = address.netloc in (urlsplit(constants.ENDPOINT).netloc, "huggingface.co")
+        match = re.fullmatch(pattern, unquote(address.path)) if at_hub else None
+        return _Remote(name, match[1], match[2], match[3]) if match else _Remote(name, "", "", name)
+
+    match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
+    if not match:
+        raise UsageError(f"'{name}' is no model on the Hub; give {HUB}USER/REPOSITORY, and perhaps :QUANTIZATION or /FILE.gguf")
+    repository, quantization, file = match.groups()
+    if file is None:
+        found = models_among(_list(name, repository))
+        wanted = [rf"{re.escape(quantization)}[.-]"] if quantization else [*(f"{each}[.-]" for each in _DEFAULTS), ""]
+        fits = [file for pattern in wanted for file in found if re.search(pattern, file, re.IGNORECASE)]
+        if not fits:
+            offered = f"; it has {', '.join(PurePosixPath(each).name for each in found)}" if found else ""
+            raise FirstLayerError(f"{name}: the repository has no such GGUF model{offered}")
+        file = fits[0]
+    return _Remote(name, repository, "main", file)
+
+
+def _list(name: str, repository: str) -> list[str]:
+    """The files of a repository; offline, those that were downloaded."""
+    from huggingface_hub import HfApi, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return _ask(name, lambda: [entry.path for entry in HfApi().list_repo_tree(repository, recursive=True)])
+    except _OfflineError:
+        try:
+            revisions = [
+                revision
+                for repo in scan_cache_dir().repos
+                if repo.repo_id == repository
+                for revision in repo.revisions
+                if "main" in revision.refs
+            ]
+        except CacheNotFound:
+            revisions = []
+        if not revisions:
+            raise
+        return [str(PurePosixPath(file.file_path.relative_to(revisions[0].snapshot_path))) for file in revisions[0].files]
+
+
+def _download(remote: _Remote, folder: Path) -> Path:
+    """A whole file; what does not come from the Hub is kept in a folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock
+
+    if remote.repository:
+        with _announced(remote):
+            return Path(_ask(remote.name, lambda: hf_hub_download(remote.repository, remote.file, revision=remote.revision)))
+    path, partial = folder / remote.basename, folder / f"{remote.basename}.incomplete"
+
+    def get() -> None:
+        with partial.open("ab") as file:
+            http_get(remote.url, file, resume_size=file.tell(), headers=_headers(remote))
+
+    with WeakFileLock(folder / "lock"):
+        if not path.exists():
+            with _announced(remote):
+                _ask(remote.name, get)
+            partial.replace(path)
+    return path
+
+
+def _cached(remote: _Remote) -> str | None:
+    """The path of a file that was downloaded from the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(remote.repository, remote.file, revision=remote.revision) if remote.repository else None
+    return path if isinstance(path, str) else None
+
+
+def _read_header(remote: _Remote, folder: Path) -> Path:
+    """The beginning of a file, as much as its header takes."""
+    from huggingface_hub.utils import WeakFileLock
+
+    path, partial = folder / "headers" / remote.basename, folder / f"{remote.basename}.header"
+    path.parent.mkdir(exist_ok=True)
+    with WeakFileLock(folder / "lock"), _without_bars():
+        if not path.exists():
+            partial.unlink(missing_ok=True)
+            size = _version(remote).size
+            ends = [end if size is None else min(end, size) for end in _HEADER_BYTES]
+            for first, end in zip([0, *ends], ends, strict=False):
+                with partial.open("ab") as file:
+                    file.write(_read(remote, first, end, size))
+                try:
+                    with without_data(partial):
+                        break
+                except FirstLayerError as err:
+                    if end in (size, ends[-1]):
+                        raise FirstLayerError(str(err).replace(str(partial), remote.name)) from err
+            partial.replace(path)
+    return path
+
+
+def _read(remote: _Remote, first: int, end: int, size: int | None) -> bytes:
+    """The bytes from `first` up to `end` of a file, whose size is known if the server tells."""
+    from huggingface_hub.file_download import http_get
+
+    def get() -> bytes:
+        part = _Part(remote.name, end - first)
+        wanted = {"Range": f"bytes={first}-{end - 1}"}
+        http_get(remote.url, part, headers=_headers(remote) | wanted, expected_size=None if size is None else end - first)
+        return part.getvalue()
+
+    return _ask(remote.name, get)
+
+
+class _Part(io.BytesIO):
+    """A part of a file, which gets no longer than it was asked for."""
+
+    def __init__(self, name: str, n_bytes: int) -> None:
+        super().__init__()
+        self._name, self._n_bytes = name, n_bytes
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._n_bytes:
+            raise FirstLayerError(f"{self._name}: the server sends no parts of files; download the model first")
+        return super().write(data)
+
+
+@contextmanager
+def _announced(remote: _Remote) -> Iterator[None]:
+    """A progress bar on a terminal, which huggingface_hub draws; elsewhere one line at the start."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        log.info("%s: downloading %s unless it is there", remote.name, remote.basename)
+        with _without_bars():
+            yield
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
+def _headers(remote: _Remote) -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers
+
+    return dict(build_hf_headers(token=remote.token))
+
+
+class _Version(NamedTuple):
+    """Where one version of a file is kept that is not in the Hub's cache, and its size in bytes, if the server tells."""
+
+    folder: Path
+    size: int | None
+
+
+def _version(remote: _Remote) -> _Version:
+    from huggingface_hub import cached_assets_path, get_hf_file_metadata
+
+    found = _ask(remote.name, lambda: get_hf_file_metadata(remote.url, token=remote.token))
+    name = hashlib.sha256(f"{remote.url} {found.etag} {found.size}".encode()).hexdigest()[:32]
+    return _Version(Path(cached_assets_path("gguf-firstlayer", remote.repository or "urls", name)), found.size)
+
+
+class _OfflineError(FirstLayerError):
+    """HF_HUB_OFFLINE is set."""
+
+
+def _ask(name: str, call: Callable[[], T]) -> T:
+    """Ask a server, and again if it is busy or the connection breaks.
+
+    Raises:
+        FirstLayerError: it refuses, or cannot be reached; `_OfflineError` if the user wants no connections.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return call()
+        except HFValidationError as err:
+            raise UsageError(f"{name}: {err}") from err
+        except Exception as err:
+            if not isinstance(err, OSError) and type(err).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
+                raise
+            reason = err.__cause__ if isinstance(err, LocalEntryNotFoundError) and err.__cause__ else err
+            if isinstance(reason, OfflineModeIsEnabled):
+                raise _OfflineError(f"{name} was not downloaded before, and HF_HUB_OFFLINE is set") from err
+            response = getattr(reason, "response", None)
+            status = response.status_code if response is not None else None
+            if isinstance(reason, OSError) and reason.errno and not isinstance(reason, HfHubHTTPError | ConnectionError):
+                raise reason from err  # of the disk, not of the network
+            is_final = (status not in (None, 429) and status < 500) or "Connect" in type(reason).__name__  # nobody listens
+            if is_final or attempt == _ATTEMPTS:
+                _refuse(name, reason, status)
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+            wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else _WAIT * attempt
+            log.info("%s: %s; trying again in %g s", name, _status(status), wait)
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _status(status: int | None) -> str:
+    known = {None: "the connection broke", 429: "the server is busy"}
+    return known.get(status, f"the server answers {status}")
+
+
+def _refuse(name: str, reason: BaseException, status: int | None) -> NoReturn:
+    """Say why a server gave nothing."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(reason, GatedRepoError):
+        told = "is gated; accept its terms on its page, and set HF_TOKEN"
+    elif isinstance(reason, RepositoryNotFoundError) or status == 401:
+        told = "does not exist, or is private; check its name, or set HF_TOKEN to a token that may read it"
+    elif status == 404:
+        told = "does not exist; check its name"
+    elif status is None:
+        told = "cannot be reached; check the connection, and run this again to go on"
+    else:
+        told = f"cannot be read: {_status(status)}; try again later"
+    raise FirstLayerError(f"{name} {told}") from reason

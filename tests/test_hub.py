@@ -1,0 +1,221 @@
+"""Models of the Hugging Face Hub, and behind URLs. The Hub is a server of our own; what asks it is the real huggingface_hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType, GGUFValueType
+from huggingface_hub import ModelCard
+from support.builds import ROOT
+from support.command_line import cli, refusal, run_tool, split
+from support.hub import COMMIT, Hub, hub
+from support.models import rewrite
+
+from gguf_firstlayer import auto, card, convert, plan
+from gguf_firstlayer.file_format import Measurement
+from gguf_firstlayer.text import size_text
+
+TOKEN = "hf_secret"
+
+
+def asked(server: Hub, home: Path, *words: object, **environment: str):
+    """Run a verb as a user of this Hub, whose downloads are kept in this folder."""
+    return cli(*words, env=os.environ | {"HF_ENDPOINT": server.address.rstrip("/"), "HF_HOME": str(home)} | environment)
+
+
+def test_sidecar(smollm, tmp_path):
+    """Written beside a download of ours, it is used by -hf, which does not download the model again."""
+    with hub({"x-Q4_1.gguf": smollm}) as server:
+        assert asked(server, tmp_path, "convert", "hf:user/x", "--type", "f32", "--sidecar").returncode == 0
+        environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path)}
+        options = ["-hf", "user/x", "-n", 8, "-p", "Once", "-no-cnv", "--temp", 0]
+        tables = run_tool("llama-completion", *options, env=environment)
+        cache = run_tool("llama-completion", *options, "--firstlayer", "", "--firstlayer-cache", "auto", env=environment)
+        assert "the first layer comes from tables" in tables.stderr
+        assert "rows of the first layer are cached" in cache.stderr
+        assert tables.stdout == cache.stdout != ""
+        assert server.downloaded == ["x-Q4_1.gguf"]
+
+
+@pytest.fixture
+def files(smollm, llama, archs, tmp_path) -> dict[str, Path]:
+    """A repository, with files beside its models as people upload them."""
+    folder = tmp_path / "split"
+    folder.mkdir()
+    parts = split(archs / "falcon-dense.gguf", folder / "falcon-F16", "--split-max-tensors", "20")
+    assert len(parts) > 1
+    tables = convert(llama, tmp_path / "llama-Q4_K_M_firstlayer.gguf", type="f32", sidecar=True).output
+    return {
+        "llama-Q4_K_M_firstlayer.gguf": tables,
+        "llama-IQ4_XS.gguf": llama,
+        "llama-Q4_K_M.gguf": llama,
+        "mmproj-F16.gguf": llama,
+        "README.md": ROOT / "README.md",
+        **{f"F16/{part.name}": part for part in parts},
+        "smollm-Q4_1.gguf": smollm,
+    }
+
+
+def test_plan_reads_the_header_only(smollm, files, tmp_path):
+    """Fails if more than the header's megabytes are asked for, or asked for twice."""
+    with hub(files) as server:
+        done = asked(server, tmp_path, "plan", "hf:user/x:Q4_1", "--json")
+        assert json.loads(done.stdout) == json.loads(cli("plan", smollm, "--json").stdout) | {"name": "smollm-Q4_1.gguf"}
+        assert server.ranges == [(0, (2 << 20) - 1)]
+        assert asked(server, tmp_path, "plan", "hf:user/x:Q4_1", "--json").stdout == done.stdout
+        assert len(server.ranges) == 1
+        files["smollm-Q4_1.gguf"] = files["llama-Q4_K_M.gguf"]  # another version
+    with hub(files) as server:
+        assert asked(server, tmp_path, "plan", "hf:user/x:Q4_1", "--json").stdout != done.stdout
+
+
+def test_a_long_header(llama, tmp_path):
+    """As that of a model with hundreds of thousands of tokens: more is asked for than at first."""
+    model = rewrite(llama, tmp_path / "x.gguf", keys={"general.description": ("x" * (3 << 20), GGUFValueType.STRING)})
+    with hub({"x.gguf": model}) as server:
+        done = asked(server, tmp_path, "plan", "hf:user/x/x.gguf", "--json")
+        assert server.ranges == [(0, (2 << 20) - 1), (2 << 20, model.stat().st_size - 1)]
+    assert json.loads(done.stdout)["decode_bound"] == plan(llama).decode_bound
+
+
+def test_plan_of_a_repository(files, tmp_path):
+    """One line for each model, of a split one too, and none for what is no model."""
+    with hub(files) as server:
+        done = asked(server, tmp_path, "plan", "hf:user/x", "--csv")
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader(done.stdout.splitlines()))
+        names = [f"llama-{kind}.gguf" for kind in ("IQ4_XS", "Q4_K_M")]
+        first = next(name for name in files if "00001-of" in name)
+        assert sorted(row["name"] for row in rows) == sorted([*names, "smollm-Q4_1.gguf", Path(first).name])
+        bounds = [float(row["decode_bound"]) for row in rows]
+        assert bounds == sorted(bounds, reverse=True)
+        assert sum(end - begin for begin, end in server.ranges) < 12 << 20
+        table = asked(server, tmp_path, "plan", "hf:user/x").stdout.splitlines()
+        assert [line.split()[0] for line in table] == ["model", *(row["name"] for row in rows)]
+
+
+def test_convert(files, llama, tmp_path):
+    """Without a quantization, -hf takes Q4_K_M. The output is beside the file in the cache, where llama.cpp looks too."""
+    with hub(files) as server:
+        done = asked(server, tmp_path, "convert", "hf:user/x", "--type", "f32", "--json")
+        assert done.returncode == 0, done.stderr
+        written = Path(json.loads(done.stdout)["output"])
+        assert written == tmp_path / f"hub/models--user--x/snapshots/{COMMIT}/llama-Q4_K_M-flp.gguf"
+        assert written.read_bytes() == convert(llama, tmp_path / "x.gguf", type="f32").output.read_bytes()
+        assert asked(server, tmp_path, "verify", "hf:user/x", written).returncode == 0
+        assert asked(server, tmp_path, "revert", written, "--source", "hf:user/x", "-o", tmp_path / "y.gguf").returncode == 0
+        assert server.downloaded == ["llama-Q4_K_M.gguf"]
+    offline = asked(server, tmp_path, "inspect", "hf:user/x:q4_k_m", "--json", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert not json.loads(offline.stdout)["converted"]
+    assert "it has llama-Q4_K_M.gguf" in refusal(asked(server, tmp_path, "inspect", "hf:user/x:Q4_1", HF_HUB_OFFLINE="1"))
+    assert "not downloaded before" in refusal(asked(server, tmp_path, "inspect", "hf:user/y", HF_HUB_OFFLINE="1"))
+
+
+def test_a_split_model(files, archs, tmp_path):
+    with hub(files) as server:
+        done = asked(server, tmp_path, "convert", "hf:user/x:F16", "-o", tmp_path / "x.gguf", "--type", "f32")
+        assert done.returncode == 0, done.stderr
+        assert len(set(server.downloaded)) > 1
+        again = asked(
+            server, tmp_path / "2", "plan", f"{server.elsewhere}{next(name for name in files if '00001' in name)}", "--json"
+        )
+    assert json.loads(again.stdout)["decode_bound"] == plan(archs / "falcon-dense.gguf").decode_bound
+    assert cli("verify", archs / "falcon-dense.gguf", tmp_path / "x.gguf").returncode == 0
+
+
+def test_url(files, llama, tmp_path):
+    """Of the Hub, or of any server, which gets no token."""
+    with hub(files, TOKEN) as server:
+        for url in (
+            f"{server.address}user/x/blob/main/llama-Q4_K_M.gguf",
+            f"{server.elsewhere}llama-Q4_K_M.gguf?download=true",
+        ):
+            done = asked(server, tmp_path, "inspect", url, "--json", HF_TOKEN=TOKEN)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["sites"] == json.loads(cli("inspect", llama, "--json").stdout)["sites"]
+        assert f"Bearer {TOKEN}" in server.tokens["127.0.0.1"]
+        assert server.tokens["localhost"] == {None}
+        assert len(server.downloaded) == 2
+        assert asked(server, tmp_path, "inspect", url).returncode == 0
+        assert len(server.downloaded) == 2
+
+
+@pytest.mark.parametrize("name", ["hf:user/x:Q4_1", "elsewhere"])
+def test_trouble_that_passes(name, files, smollm, tmp_path):
+    """A busy server is asked again, and a download that breaks goes on where it ended."""
+    with hub(files) as server:
+        server.refusals = [(429, {"Retry_After": "1"}), (503, {"Retry_After": "0"})]
+        server.breaks = [10 << 20, 20 << 20]
+        name = f"{server.elsewhere}smollm-Q4_1.gguf" if name == "elsewhere" else name
+        done = asked(server, tmp_path, "inspect", name, "--json")
+        assert done.returncode == 0, done.stderr
+        assert max(begin for begin, _ in server.ranges) > 20 << 20
+        assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
+
+
+def test_refusals(files, tmp_path):
+    with hub(files, TOKEN) as server:
+        assert "is gated; accept its terms" in refusal(asked(server, tmp_path, "plan", "hf:user/x"))
+        wrong = refusal(asked(server, tmp_path, "convert", "hf:user/x/llama-Q4_K_M.gguf", HF_TOKEN="hf_wrong"))
+        assert "is gated; accept its terms" in wrong
+        known = {"HF_TOKEN": TOKEN}
+        assert "does not exist, or is private" in refusal(asked(server, tmp_path, "plan", "hf:nobody/x", **known))
+        missing = refusal(asked(server, tmp_path, "plan", "hf:user/x:Q8_0", **known))
+        assert "no such GGUF model; it has falcon-F16-00001-of-" in missing
+        assert "does not exist" in refusal(asked(server, tmp_path, "inspect", "hf:user/x/none.gguf", **known))
+        assert "does not exist" in refusal(asked(server, tmp_path, "inspect", f"{server.elsewhere}none.gguf"))
+        assert "is no model on the Hub" in refusal(asked(server, tmp_path, "plan", "hf:x", **known))
+        assert "is not a GGUF file" in refusal(asked(server, tmp_path, "plan", f"{server.elsewhere}README.md"))
+    # nothing listens any more
+    assert "cannot be reached" in refusal(asked(server, tmp_path, "inspect", "hf:user/x/llama-Q4_K_M.gguf"))
+
+
+def test_a_folder(files, tmp_path):
+    """Fails if models in it are missing, or one that cannot be planned ends all."""
+    folder = tmp_path / "models" / "inner"
+    folder.mkdir(parents=True)
+    for name, path in files.items():
+        shutil.copy(path, folder / Path(name).name)
+    (folder / "broken.gguf").write_bytes(b"GGUF")
+    done = cli("plan", folder.parent, "--json")
+    result = json.loads(done.stdout)
+    assert {each["name"] for each in result["plans"]} >= {"llama-Q4_K_M.gguf", "smollm-Q4_1.gguf"}
+    assert list(result["refused"]) == [str(folder / "broken.gguf")]
+    assert "broken.gguf is a GGUF file of another byte order or version" in cli("plan", folder.parent).stderr
+
+
+def test_card(smollm, llama, tmp_path, monkeypatch):
+    """Its figures are those of the file. Oracle of its metadata: the Hub's own library."""
+    measured = Measurement(500, 1e-4, 3.9e-3, 3.8e-3, 3.2e-5, 1.1e-5, 0.97, 12.5, 12.6)
+    chosen = lambda _model, analysis, _bound: (dict.fromkeys(analysis.sites, GGMLQuantizationType.Q8_0), measured, "")  # noqa: E731
+    monkeypatch.setattr(auto, "choose", chosen)
+    convert(smollm, tmp_path / "x-flp.gguf", type="auto")
+    text = cli("card", tmp_path / "x-flp.gguf", "--base-model", "user/x").stdout
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("user/x", "quantized", "apache-2.0")
+    assert "a mean KL divergence of 3.9e-03 nats" in text
+    assert f"| its source | {size_text(smollm.stat().st_size)} |" in text
+    assert "run server -m x-flp.gguf\n" in text
+
+    cached = tmp_path / "models--other--name" / "snapshots" / "1"
+    cached.mkdir(parents=True)
+    sidecar = convert(smollm, cached / "x_firstlayer.gguf", type="f32", sidecar=True).output
+    text = card(sidecar)
+    assert ModelCard(text).data.base_model == "other/name"
+    assert "run server -m x.gguf --firstlayer x_firstlayer.gguf\n" in text
+    assert "The tables are not rounded." in text
+
+    texts = {"general.source.repo_url": "https://huggingface.co/a/b/tree/main", "general.name": "<script>x"}
+    keys = {key: (value, GGUFValueType.STRING) for key, value in texts.items()}
+    renamed = rewrite(convert(llama, tmp_path / "y-flp.gguf", type="q8_0").output, tmp_path / "z.gguf", keys=keys)
+    assert ModelCard(card(renamed)).data.base_model == "a/b"
+    assert "<" not in card(renamed)
+    assert "not converted" in refusal(cli("card", smollm))
+    assert "give --base-model user/repo" in refusal(cli("card", tmp_path / "x-flp.gguf"))
+    assert "is no repository" in refusal(cli("card", tmp_path / "x-flp.gguf", "--base-model", "x"))
