@@ -44,9 +44,11 @@ build_llama() {
     touch "$folder/built"
 }
 
-# unpatched, for comparison; its test-llama-archs writes a tiny random model of every architecture
+# llama.cpp unpatched, for comparison, and its test-llama-archs, which writes a tiny random model of every architecture; that one is
+# patched, as the other build would need half of llama.cpp for it
 build_oracle() {
-    build_llama build/stock "llama test-llama-archs" -DFIRSTLAYER=OFF -DLLAMA_BUILD_TESTS=ON
+    build_llama build test-llama-archs -DLLAMA_BUILD_TESTS=ON
+    build_llama build/stock llama -DFIRSTLAYER=OFF
 }
 
 # a CPU backend that valgrind can run: without AVX-512

@@ -180,6 +180,11 @@ void llama_firstlayer::check_rows(llama_model & model) {
         tokens[i] = check_all ? i : random() % n_vocab;
     }
     tokens.resize(GGML_PAD(tokens.size(), n_batch), tokens.back());
+    for (const auto & table : tables) {
+        if (table.fetched && !check_all) {
+            llama_prefetch_rows(table.tensor, tokens.data(), tokens.size());
+        }
+    }
 
     // a router that is undecided between two experts may choose another one with other kernels, so a sample tells by most of its
     // rows whose tables these are

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 import gguf_firstlayer
 from gguf_firstlayer import Conversion
 from gguf_firstlayer.c_api import library
-from support.builds import ROOT, STOCK
+from support.builds import PATCHED, ROOT, STOCK
 
 
 def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
@@ -62,7 +62,7 @@ def rewrite(
 
 def write_archs(folder: Path) -> None:
     """Write tiny random models of every architecture: llama.cpp's own test writes some, random_models.py the others."""
-    subprocess.run([STOCK / "test-llama-archs", "-s", "1", "-o", folder], check=True, capture_output=True)
+    subprocess.run([PATCHED / "test-llama-archs", "-s", "1", "-o", folder], check=True, capture_output=True)
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(STOCK)}
     subprocess.run(
         [sys.executable, ROOT / "tests" / "support" / "random_models.py", folder],
