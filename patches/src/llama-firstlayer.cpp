@@ -57,7 +57,7 @@ void llama_firstlayer::check(llama_model_base & model) {
         return;
     }
 
-    const bool is_built = build_graphs(model, 32);
+    const bool is_built = build_graphs(model);
     if (!is_built && !problem.empty()) {
         throw std::runtime_error(problem);
     }
@@ -90,7 +90,8 @@ void llama_firstlayer::check(llama_model_base & model) {
     for (auto & site : sites) {
         site.used = site.used && !tables[site.table].dropped;
     }
-    check_rows(model);
+    check_rows();
+    sample.reset();
 
     // a warning, since tools do not show info messages
     const auto is_used = [](const site & s) {
@@ -340,6 +341,9 @@ ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_gr
         if (observe) {
             observe(params, walk);
             return gf;
+        }
+        if (checking && sample) {
+            take_sample(params, walk);
         }
         rewrite(model, params, walk);
     }

@@ -360,12 +360,17 @@ struct llama_firstlayer {
     void create_cache(llama_model & model);
     void find_cache_sites(llama_model & model);
 
-    // Build the graphs of a context for n_tokens tokens, without memory for them. Returns false if the model has none of its own.
-    bool build_graphs(llama_model & model, uint32_t n_tokens);
+    struct row_sample;
+
+    // Build the graphs of a context, without memory for them. Returns false if the model has none of its own.
+    bool build_graphs(llama_model & model);
+
+    // Copy what rows are computed from, to check some after building.
+    void take_sample(const llm_graph_params & params, const llama_firstlayer_walk & walk);
 
     // Recompute some rows, or all, if the weights that they were computed from are there. Throws std::runtime_error if they are not
     // those of the tables.
-    void check_rows(llama_model & model);
+    void check_rows();
 
     bool   check_all         = false;  // all rows of the tables, not only some
     size_t cache_bytes       = 0;      // for rows that are computed; 0 for none
@@ -373,6 +378,7 @@ struct llama_firstlayer {
     bool   demand_embeddings = false;  // and logits beside embeddings
 
     std::unique_ptr<llama_firstlayer_demand_kinds> demand_kinds;
+    std::shared_ptr<row_sample>                    sample;  // while check() runs
 
     ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
     void          leave_out(const llama_model & model, const llm_graph_params & params);
