@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import mmap
 import os
 import shutil
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -112,35 +109,6 @@ def test_unreachable_weights_are_not_loaded(tmp_path):
     steps = [["decode", [[0], [1, 2, 3]]], ["mapped", str(source)]]
     plain, without = (session(source, PATCHED, steps, load=load)[1][0] for load in ({}, {"sidecar": str(result.output)}))
     assert plain - without > 0.8 * elided
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="cannot empty the page cache")
-def test_weights_are_read_ahead(smollm_flp, tmp_path):
-    """A model that is not in memory is read at once, as one without tables, and little of the tables with it.
-
-    Oracle: Linux, which says what of the file is in memory. Fails if weights are read in pieces, when they are first used.
-    """
-    path = shutil.copy(smollm_flp["q8_0"], tmp_path / "x.gguf")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        pages = np.zeros(-(-len(whole) // mmap.PAGESIZE), np.uint8)
-        address = np.frombuffer(whole, np.uint8).ctypes.data
-
-        def in_memory() -> np.ndarray:
-            assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(whole)), pages.ctypes) == 0
-            return pages & 1
-
-        if in_memory().mean() > 0.1:
-            pytest.skip("this file system keeps the page cache")
-        assert run(PATCHED, {"run": "load", "model": path}) == [""]
-        (table,) = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith("firstlayer.")]
-        first = table.data_offset // mmap.PAGESIZE
-        until = time.monotonic() + 60
-        while (seen := in_memory()[:first].mean()) < 0.8 and time.monotonic() < until:
-            time.sleep(0.1)
-        assert seen >= 0.8  # not all: a system may drop pages that nobody has used yet
-        assert in_memory()[first:].mean() < 0.5
 
 
 def test_verify_and_bench(smollm, sidecar):

@@ -6,11 +6,6 @@
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
-#ifdef __linux__
-#    include <sys/mman.h>
-#    include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <set>
@@ -437,39 +432,4 @@ void llama_firstlayer::create_tables(llama_model_base & model, llama_model_loade
         ml.n_elements += ggml_nelements(t);
     }
     ml.lazy.mode = mode;
-}
-
-// Where some ranges are lazy, llama.cpp advises Linux to read each of the others ahead, but one such call goes no further than a
-// readahead: a model that is not in the page cache would be read in pieces when its weights are first used, and beyond them.
-void llama_firstlayer::read_ahead(const llama_model_loader & ml) {
-#ifdef __linux__
-    static constexpr size_t CHUNK =
-        512 << 10;  // Linux cuts a call to the largest request of a device, or its readahead
-
-    const ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const auto is_numa = cpu ? (bool (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
-                                                                              "ggml_backend_cpu_is_numa") :
-                               nullptr;
-    if (!ml.use_mmap || (is_numa && is_numa())) {
-        return;  // llama.cpp reads nothing ahead either
-    }
-    const size_t page = sysconf(_SC_PAGESIZE);
-    for (size_t i = 0; i < ml.mappings.size(); ++i) {
-        auto ranges = ml.lazy.for_file(i);
-        if (ranges.empty()) {
-            continue;  // was read whole
-        }
-        ranges.emplace_back(ml.mappings[i]->size(), ml.mappings[i]->size());
-        std::sort(ranges.begin(), ranges.end());
-        size_t pos = 0;
-        for (const auto & [first, last] : ranges) {
-            for (; pos < first; pos += CHUNK) {
-                madvise((char *) ml.mappings[i]->addr() + pos, std::min(CHUNK, first - pos), MADV_WILLNEED);
-            }
-            pos = std::max(pos, last / page * page);
-        }
-    }
-#else
-    GGML_UNUSED(ml);
-#endif
 }

@@ -312,9 +312,6 @@ struct llama_firstlayer {
     // requested: what the user said; the loader's own mode may be another one
     void create_tables(llama_model_base & model, llama_model_loader & ml, llama_lazy_mode requested);
 
-    // Have what is mapped, but not lazily, read at once, as llama.cpp does where nothing is lazy. Only Linux needs it.
-    static void read_ahead(const llama_model_loader & ml);
-
     // Record the weights of the loaded model, to recognize them in graphs. Several threads may build graphs at once, so this
     // is not left to the first graph.
     void set_weights(const llama_model & model);
