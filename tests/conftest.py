@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.builds import ROOT
-from support.figures import REPORT
 from support.models import convert, write_archs
 
 
@@ -44,8 +45,16 @@ def smollm_flp(smollm, tmp_path_factory) -> dict[str, Path]:
     return {kind: convert(smollm, folder / f"{kind}.gguf", type=kind).output for kind in ("f32", "q8_0")}
 
 
+@pytest.fixture
+def measured(record_property) -> Callable[[str], None]:
+    """Takes a line about figures that a test measured, which is printed after the results."""
+    return partial(record_property, "measured")
+
+
 def pytest_terminal_summary(terminalreporter):
-    if REPORT:
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    lines = [line for report in reports for name, line in report.user_properties if name == "measured"]
+    if lines:
         terminalreporter.section("measured")
-        for line in REPORT:
+        for line in lines:
             terminalreporter.write_line(line)

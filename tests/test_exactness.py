@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 from support.builds import PATCHED, ROOT, STOCK, compare, run, session
-from support.figures import REPORT, divergence
+from support.figures import divergence
 from support.models import convert
 
 from gguf_firstlayer import inspect
@@ -104,7 +104,7 @@ def test_smollm_graph(smollm, smollm_flp):
     assert lookups.count("firstlayer.0.table") == 1  # one lookup for Q, K and V
 
 
-def test_smollm_q8_0_is_close(smollm, smollm_flp):
+def test_smollm_q8_0_is_close(smollm, smollm_flp, measured):
     """The model rounds its activations to 8 bits, so any change of a last bit, such as by another batch size, changes its
     output. Tables of q8_0 must not change it more than another batch size does in the stock library.
     """
@@ -115,20 +115,20 @@ def test_smollm_q8_0_is_close(smollm, smollm_flp):
     ]
     (stock, ours), (stock_text, our_text) = compare(smollm, smollm_flp["q8_0"], *jobs)
 
-    measured = {
+    divergences = {
         "stock, batches of 1 against 512": divergence(stock[512], stock[1]),
         "stock, batches of 32 against 512": divergence(stock[512], stock[32]),
         "q8_0 tables, batches of 512": divergence(stock[512], ours[512]),
         "q8_0 tables, batches of 1": divergence(stock[1], ours[1]),
     }
-    for name, (mean, peak, agreement) in measured.items():
-        REPORT.append(f"SmolLM2, {name}: KL divergence mean {mean:.2e}, max {peak:.2e} nats; top-1 agreement {agreement:.1%}")
+    for name, (mean, peak, agreement) in divergences.items():
+        measured(f"SmolLM2, {name}: KL divergence mean {mean:.2e}, max {peak:.2e} nats; top-1 agreement {agreement:.1%}")
     same = []
     for a, b in zip(stock_text, our_text, strict=True):
         same.append(next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), 256))
-    REPORT.append(f"SmolLM2, q8_0 tables: of 256 tokens of greedy text, the first {same} are the stock library's")
+    measured(f"SmolLM2, q8_0 tables: of 256 tokens of greedy text, the first {same} are the stock library's")
 
-    means = [mean for mean, _, _ in measured.values()]
+    means = [mean for mean, _, _ in divergences.values()]
     assert max(means[2:]) < 1.25 * max(means[:2])
 
 

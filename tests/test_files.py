@@ -10,7 +10,6 @@ from architectures import differences
 from gguf import GGUFReader, GGUFWriter
 from support.builds import compare
 from support.command_line import cli, refusal, split
-from support.figures import REPORT
 from support.models import convert, quantized
 
 from gguf_firstlayer import FirstLayerError, inspect
@@ -18,7 +17,7 @@ from gguf_firstlayer.file_format import TYPES
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_source_type(kind, llama, tmp_path):
+def test_source_type(kind, llama, tmp_path, measured):
     """Whatever the type of the weights, tables hold what its kernels compute.
 
     Fails if rows are not computed by the kernels of the run time, such as those for repacked weights.
@@ -28,7 +27,7 @@ def test_source_type(kind, llama, tmp_path):
     assert types["blk.0.attn_q.weight"] == TYPES[kind]
     converted = convert(source, tmp_path / "flp.gguf", type="f32").output
     exact = [size for size, value in differences(source, converted, [1, 2, 7, 64]).items() if value == 0]
-    REPORT.append(f"weights of {kind}: f32 tables give the stock library's bits in batches of {', '.join(map(str, exact))}")
+    measured(f"weights of {kind}: f32 tables give the stock library's bits in batches of {', '.join(map(str, exact))}")
 
 
 @pytest.mark.parametrize("options", [[], ["--no-tensor-first-split"]], ids=["plain", "no tensor in the first part"])

@@ -19,7 +19,6 @@ from gguf import GGUFValueType
 from support.builds import ROOT
 from support.command_line import cli, refusal
 from support.counting import COUNTED, bytes_read, can_count, instructions
-from support.figures import REPORT
 from support.models import convert, rewrite
 
 from gguf_firstlayer import bench, paths, verify
@@ -176,14 +175,14 @@ def _table_type(path):
     return next(tensor.tensor_type for tensor in GGUFReader(path).tensors if tensor.name.startswith("firstlayer"))
 
 
-def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch):
+def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch, measured):
     converted = convert(smollm, tmp_path / "q4_0.gguf", type="q4_0").output
     assert verify(smollm, converted).problems == []  # the bound for types that the user chose is wide
     monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", 1e-4)
     result = verify(smollm, converted)
     assert result.kld_added + result.kld_added_error > 1e-4
     assert "wider types" in verify_summary(result)
-    REPORT.append(f"verify: q4_0 tables of SmolLM2 add {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats")
+    measured(f"verify: q4_0 tables of SmolLM2 add {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats")
 
 
 def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
@@ -437,7 +436,7 @@ def test_loading_reads_no_tables(smollm_flp):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells which pages were accessed")
-def test_decoding_reads_what_the_plan_says(smollm, smollm_flp):
+def test_decoding_reads_what_the_plan_says(smollm, smollm_flp, measured):
     outline = of_file(smollm)
     plan = estimate(outline, {site: _q8_0() for site in outline.sites})
     before, after = bytes_read(smollm), bytes_read(smollm_flp["q8_0"])
@@ -445,12 +444,12 @@ def test_decoding_reads_what_the_plan_says(smollm, smollm_flp):
     assert before == pytest.approx(plan.decode_bytes_without, abs=16 * 4096)
     assert after == pytest.approx(plan.decode_bytes_with, abs=16 * 4096)
     assert before - after == pytest.approx(plan.decode_bytes_without - plan.decode_bytes_with, abs=4 * 4096)
-    REPORT.append(f"SmolLM2 reads {before:,} bytes per token, converted {after:,}")
+    measured(f"SmolLM2 reads {before:,} bytes per token, converted {after:,}")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not COUNTED.exists() or not can_count(), reason="needs valgrind, x86-64")
 @pytest.mark.parametrize("parallel", [False, True])
-def test_instructions_fall_as_the_plan_says(parallel, tmp_path):
+def test_instructions_fall_as_the_plan_says(parallel, tmp_path, measured):
     code = (
         "import sys, study; from pathlib import Path;"
         f"entry = study.synthetic(2, 512, 256, {parallel});"
@@ -466,7 +465,7 @@ def test_instructions_fall_as_the_plan_says(parallel, tmp_path):
     # the other instructions, for attention, norms and rounding of activations, stay
     assert 0.75 * gone / total < 1 - after / before < 1.05 * gone / total
     name = "parallel" if parallel else "serial"
-    REPORT.append(
+    measured(
         f"2 {name} layers: {before:,.0f} instructions per token become {after:,.0f} ({after / before - 1:.1%}),"
         f" products {-gone / total:.1%}"
     )

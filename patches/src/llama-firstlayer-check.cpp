@@ -211,7 +211,9 @@ void llama_firstlayer::check_rows() {
 
     for (size_t first = 0; first < tokens.size(); first += n_batch) {
         for (ggml_tensor * t : sample->inputs) {
-            ggml_backend_tensor_set(t, &tokens[first], 0, ggml_nbytes(t));
+            if (t->buffer) {  // not if only sites that are not read from tables need it
+                ggml_backend_tensor_set(t, &tokens[first], 0, ggml_nbytes(t));
+            }
         }
         if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("computing rows failed");

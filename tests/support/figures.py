@@ -1,11 +1,8 @@
-"""Figures that tests compare, and those that they print."""
+"""Figures that tests compare."""
 
 from __future__ import annotations
 
 import numpy as np
-
-# figures that tests measured, printed after the results
-REPORT: list[str] = []
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
