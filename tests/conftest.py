@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,14 @@ def minilm() -> Path:
 def smollm_flp(smollm, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("smollm")
     return {kind: convert(smollm, folder / f"{kind}.gguf", type=kind).output for kind in ("f32", "q8_0")}
+
+
+@pytest.fixture
+def short_blocks(monkeypatch) -> None:
+    """Lets `bench` measure little, for tests in which the times themselves do not matter."""
+    for name, value in (("MIN_ROUNDS", 1), ("BLOCK_TOKENS", 8)):
+        for module in ("timing", "bench"):
+            monkeypatch.setattr(sys.modules[f"gguf_firstlayer.{module}"], name, value)
 
 
 @pytest.fixture

@@ -289,12 +289,10 @@ def test_verify_prompts(archs):
     assert prompts.greedy == (None,) * 4
 
 
-def test_bench(smollm, monkeypatch):
-    for name in ("timing", "bench"):  # the times themselves do not matter here
-        monkeypatch.setattr(sys.modules[f"gguf_firstlayer.{name}"], "MIN_ROUNDS", 1)
-    prompt = bench(smollm, demand="rows", batches=[512], loads=2, seconds=0.1, resources=False)
-    assert prompt.cells[0].bound == pytest.approx(plan(smollm).demand.prompt)
-    embedded = bench(smollm, cache=16, demand="embeddings", loads=2, seconds=0.1)
+def test_bench(smollm, llama, short_blocks):
+    prompt = bench(llama, demand="rows", batches=[512], loads=2, seconds=0, resources=False)
+    assert prompt.cells[0].bound == pytest.approx(plan(llama).demand.prompt)
+    embedded = bench(smollm, cache=16, demand="embeddings", loads=2, seconds=0)
     assert [cell.batch for cell in embedded.cells] == [64, 512]
     assert embedded.cells[1].bound > plan(smollm).demand.embedding > 1.2
     if embedded.resources:  # logits of 512 tokens

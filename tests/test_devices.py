@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from architectures import distance
-from support.builds import PATCHED, ROOT, both, run
+from support.builds import PATCHED, ROOT, both, preload, run
 from support.command_line import cli, refusal, run_tool
 from support.models import convert
 from support.rpc import counting_proxy, rpc_server
@@ -127,7 +127,7 @@ def test_device_that_cannot_map(smollm_flp, tmp_path):
     source = Path(__file__).with_name("support") / "no_mapping.cpp"
     subprocess.run(["c++", "-shared", "-fPIC", include, source, "-o", preloaded], check=True)
     with rpc_server() as address:
-        texts = [offloaded(smollm_flp["f32"], address, **more)[0] for more in ({}, {"LD_PRELOAD": str(preloaded)})]
+        texts = [offloaded(smollm_flp["f32"], address, **more)[0] for more in ({}, preload(preloaded))]
     assert texts[0] == texts[1]
 
 

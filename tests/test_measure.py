@@ -68,7 +68,9 @@ def test_f32_tables_change_nothing(smollm, smollm_flp):
 
 def test_agrees_with_llama_perplexity(smollm, smollm_flp, tmp_path):
     tool = paths()["perplexity"]
-    common = ["-f", TEXT, "-c", 512, "-b", 512, "-ub", 512, "-t", 2, "--no-warmup"]
+    text = tmp_path / "text"
+    text.write_text(TEXT.read_text()[:13000])
+    common = ["-f", text, "-c", 512, "-b", 512, "-ub", 512, "-t", 2, "--no-warmup"]
 
     def perplexity(*options):
         command = [str(word) for word in (tool, *options, *common, "--kl-divergence-base", tmp_path / "base")]
@@ -81,7 +83,7 @@ def test_agrees_with_llama_perplexity(smollm, smollm_flp, tmp_path):
         line = next(line for line in printed.splitlines() if line.startswith(name))
         return [float(value) for value in re.findall(r"-?\d+\.\d+", line.split(":")[1])]
 
-    result = verify(smollm, smollm_flp["q8_0"], text=TEXT.read_text(), tokens=1 << 20)
+    result = verify(smollm, smollm_flp["q8_0"], text=text.read_text(), tokens=1 << 20)
     assert result.tokens // 512 * 255 == result.scored
     assert result.scored > 1000
     # the tool keeps logarithms of the source's probabilities in 16 bits
@@ -177,9 +179,9 @@ def _table_type(path):
 
 def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch, measured):
     converted = convert(smollm, tmp_path / "q4_0.gguf", type="q4_0").output
-    assert verify(smollm, converted).problems == []  # the bound for types that the user chose is wide
+    assert verify(smollm, converted, tokens=128).problems == []  # the bound for types that the user chose is wide
     monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", 1e-4)
-    result = verify(smollm, converted)
+    result = verify(smollm, converted, tokens=128)
     assert result.kld_added + result.kld_added_error > 1e-4
     assert "wider types" in verify_summary(result)
     measured(f"verify: q4_0 tables of SmolLM2 add {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats")
@@ -199,19 +201,22 @@ def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
 @pytest.mark.parametrize(("bound", "within"), [(1.01, True), (0.99, False)])
 def test_verdict_follows_from_the_figures(bound, within, smollm, smollm_flp, monkeypatch):
     """The printed figure and its error are within the printed bound, or the verdict says that they are not."""
-    first = verify(smollm, smollm_flp["q8_0"], tokens=300)
+    first = verify(smollm, smollm_flp["q8_0"], tokens=64)
     module = sys.modules["gguf_firstlayer.verify"]
     monkeypatch.setattr(module, "MAX_KLD", bound * (first.kld_added + first.kld_added_error))
-    result = verify(smollm, smollm_flp["q8_0"], tokens=300)
+    result = verify(smollm, smollm_flp["q8_0"], tokens=64)
     assert verify_summary(result).endswith("within bounds" if within else "outside of bounds")
     assert bool(result.problems) != within
 
 
-def test_a_text_that_is_too_short_for_what_was_asked(smollm, smollm_flp):
-    done = cli("verify", smollm, smollm_flp["q8_0"], "--tokens", 1024)
-    assert "the text has 512 tokens, not 1,024: give a longer one with --text" in done.stderr
-    assert "254 tokens scored, of 512 of the built-in sample" in done.stdout
-    assert "not 4,096" not in cli("verify", smollm, smollm_flp["q8_0"]).stderr
+def test_a_text_that_is_too_short_for_what_was_asked(smollm, smollm_flp, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    words = ("verify", smollm, smollm_flp["q8_0"], "--text", text)
+    done = cli(*words, "--tokens", 1024)
+    assert "the text has 50 tokens, not 1,024: give a longer one with --text" in done.stderr
+    assert "24 tokens scored, of 50 of the text" in done.stdout
+    assert "not 4,096" not in cli(*words).stderr
 
 
 def test_verify_refuses(llama, llama_flp, tmp_path):
@@ -340,7 +345,7 @@ def test_constants_instead_of_lookups(llama, llama_flp):
     assert np.abs(limit - replaced).max() < 1e-4 < np.abs(limit - right).max()
 
 
-def test_bench(smollm, smollm_flp, tmp_path):
+def test_bench(smollm, smollm_flp, short_blocks):
     processors = os.sched_getaffinity(0)
     result = bench(smollm, smollm_flp["q8_0"], batches=(1, 8), contexts=(0, 64), limit=True, loads=2, seconds=0)
     assert [(cell.batch, cell.context) for cell in result.cells] == [(1, 0), (8, 0), (1, 64), (8, 64)]

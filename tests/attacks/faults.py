@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from support.builds import preload
 from support.command_line import cli
 from support.models import write_archs
 
@@ -68,7 +69,7 @@ class Bench:
         if replace:
             path.write_bytes(b"precious")
         environment = os.environ | {
-            "LD_PRELOAD": str(self.library),
+            **preload(self.library),
             "FAULT": f"{function}:{n}:{error}",
             "FAULT_FOLDER": str(self.folder),
             "FAULT_FIRED": str(fired),

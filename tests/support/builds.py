@@ -22,6 +22,9 @@ from gguf_firstlayer import paths
 # tools run on the CPU unless a test says otherwise: devices round differently, which the tests of exactness are not about
 os.environ |= {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_N_GPU_LAYERS": "0", "LLAMA_ARG_N_GPU_LAYERS_DRAFT": "0"}
 
+# several tests run at once, so a thread that waits for others leaves its processor to them
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 # demand is left alone where it saves less than it costs, as in tiny models, with which it is tested
 os.environ["LLAMA_FIRSTLAYER_DEMAND_ALWAYS"] = "1"
 
@@ -72,8 +75,16 @@ class CachedAndDemanded(Cached):
     CONTEXT, EXACT = Demanded.CONTEXT, Demanded.EXACT
 
 
+# what all processes are run with, such as a sanitizer's library
+PRELOADED = os.environ.get("LD_PRELOAD")
+
 # processes of worker.py that wait for jobs, by their build
 IDLE: dict[Path, list[subprocess.Popen[str]]] = defaultdict(list)
+
+
+def preload(library: Path) -> dict[str, str]:
+    """Environment of a process with a library of its own, beside what all have."""
+    return {"LD_PRELOAD": f"{PRELOADED} {library}" if PRELOADED else str(library)}
 
 
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
@@ -81,7 +92,7 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     jobs = tuple(job | {"load": job.get("load", {}) | getattr(job.get("model"), "LOAD", {})} for job in jobs)
     environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
     # elsewhere, libraries of devices may not survive a fork; what is preloaded must be there from the start
-    forks = sys.platform == "linux" and "LD_PRELOAD" not in environment
+    forks = sys.platform == "linux" and environment.get("LD_PRELOAD") == PRELOADED
     worker = IDLE[build].pop() if forks and IDLE[build] else None
     if worker is None:
         pipe = subprocess.PIPE

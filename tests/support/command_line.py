@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support.builds import PATCHED, ROOT, Cached
+from support.builds import PATCHED, ROOT, Cached, preload
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def whole_log() -> dict[str, str]:
     library = Path(tempfile.mkdtemp()) / "whole_log.so"
     command = ["c++", "-shared", "-fPIC", Path(__file__).with_name("whole_log.cpp"), "-o", library]
     subprocess.run(command, check=True)
-    return {"LD_PRELOAD": str(library)}
+    return preload(library)
 
 
 def run_tool(name: str, *arguments: object, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
