@@ -1,6 +1,7 @@
 #include "gguf.h"
 #include "llama-arch.h"
 #include "llama-cpp.h"
+#include "llama-firstlayer-request.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
 #include "llama-model-loader.h"
@@ -23,18 +24,6 @@ static const char * const KV_ELIDED_DIMENSION = "firstlayer.elided.dimension";
 static const char * const KV_SPARE_NAME       = "firstlayer.spare.name";
 static const char * const KV_SOURCE_NAME      = "firstlayer.source.name";
 static const char * const KV_SOURCE_SAMPLE    = "firstlayer.source.sample";
-
-// not a key of a file but an override of a model: the path of its sidecar
-static const char * const KV_FILE = "firstlayer.file";
-
-// another: MiB for rows that are computed when they are first needed, or "auto"
-static const char * const KV_CACHE = "firstlayer.cache";
-
-// another: what is left out since nobody reads it
-static const char * const KV_DEMAND = "firstlayer.demand";
-
-// another: whether all rows of tables are recomputed while loading, "all" or "some"
-static const char * const KV_CHECK = "firstlayer.check";
 
 static const uint32_t VERSION = 1;
 
@@ -64,22 +53,6 @@ static const uint32_t * get_u32(const gguf_context * meta, const char * key, siz
     return (const uint32_t *) gguf_get_arr_data(meta, find_array(meta, key, GGUF_TYPE_UINT32, n, true));
 }
 
-static thread_local std::string path_tables;
-static thread_local double      cache_mib = 0.0;
-static thread_local std::string demand    = "none";
-
-void llama_firstlayer_set_tables(const char * path) {
-    path_tables = path ? path : "";
-}
-
-void llama_firstlayer_set_cache(double mib) {
-    cache_mib = mib;
-}
-
-void llama_firstlayer_set_demand(const char * what) {
-    demand = what ? what : "none";
-}
-
 // whether the tables in a sidecar were computed from this model: the bytes in the middle of its weights are the same
 static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
     size_t          n_weights = 0;
@@ -104,30 +77,10 @@ static bool is_source(llama_model_loader & ml, const gguf_context * meta) {
     return true;
 }
 
-// The path of the sidecar that the user named, "" if there is none. An override holds 127 bytes, so a long path comes in several.
-static std::string requested_tables(const llama_model_loader & ml) {
-    std::string res = path_tables;
-    std::string key = KV_FILE;
-    for (int i = 1; path_tables.empty(); ++i) {
-        const auto it = ml.kv_overrides.find(key);
-        if (it == ml.kv_overrides.end()) {
-            break;
-        }
-        if (it->second.tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
-            throw std::runtime_error(format("override '%s' must be a string: the path of a sidecar", key.c_str()));
-        }
-        res += it->second.val_str;
-        key = format("%s.%d", KV_FILE, i);
-    }
-    return res;
-}
-
 // The metadata of the sidecar that the user named; its tensors become tensors of the model, like those of a split file.
 // nullptr if none was named, or if it belongs to another model: a draft model is loaded with the overrides of its target
-static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
-    const std::string tables = requested_tables(ml);
-    const char *      path   = tables.c_str();
-    if (tables.empty()) {
+static gguf_context_ptr load_sidecar(llama_model_loader & ml, const char * path) {
+    if (!*path) {
         return nullptr;
     }
 
@@ -159,50 +112,6 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml) {
     }
     ml.contexts.push_back(std::move(tensors));
     return meta;
-}
-
-// bytes for a cache that the user asked for, 0 if there is to be none
-static size_t requested_cache(const llama_model_loader & ml, size_t automatic) {
-    const auto it = ml.kv_overrides.find(KV_CACHE);
-    if (it == ml.kv_overrides.end()) {
-        return cache_mib < 0.0 ? automatic : cache_mib * 1024.0 * 1024.0;
-    }
-    const auto & value = it->second;
-    double       mib   = -1.0;
-    if (value.tag == LLAMA_KV_OVERRIDE_TYPE_INT) {
-        mib = value.val_i64;
-    } else if (value.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT) {
-        mib = value.val_f64;
-    } else if (value.tag == LLAMA_KV_OVERRIDE_TYPE_STR) {
-        if (strcmp(value.val_str, "auto") == 0) {
-            return automatic;
-        }
-        char * end;
-        mib = strtod(value.val_str, &end);
-        mib = *value.val_str && !*end ? mib : -1.0;
-    }
-    if (!(mib >= 0.0 && mib <= 1024.0 * 1024.0)) {
-        throw std::runtime_error(format("override '%s' must be a number of MiB or \"auto\"", KV_CACHE));
-    }
-    return mib * 1024.0 * 1024.0;
-}
-
-// the value of an override, one of some words
-static std::string requested(const llama_model_loader &       ml,
-                             const char *                     key,
-                             const std::string &              fallback,
-                             const std::vector<std::string> & words) {
-    const auto  it        = ml.kv_overrides.find(key);
-    const bool  is_string = it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR;
-    std::string res       = it == ml.kv_overrides.end() ? fallback : is_string ? it->second.val_str : "";
-    if (std::find(words.begin(), words.end(), res) == words.end()) {
-        std::string known;
-        for (const auto & word : words) {
-            known += std::string(known.empty() ? "" : word == words.back() ? " or " : ", ") + '"' + word + '"';
-        }
-        throw std::runtime_error(format("override '%s' must be %s", key, known.c_str()));
-    }
-    return res;
 }
 
 // Tables hold their sites side by side, from multiples of four values on, and nothing else, so a lookup takes no more memory than
@@ -246,17 +155,18 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
         return res->cache_bytes > 0 || res->demand_rows ? std::move(res) : nullptr;
     };
 
-    res->cache_bytes       = requested_cache(ml, CACHE_AUTO);
-    const auto what        = requested(ml, KV_DEMAND, demand, { "none", "rows", "embeddings" });
-    res->demand_rows       = what != "none";
-    res->demand_embeddings = what == "embeddings";
+    const llama_firstlayer_request request = llama_firstlayer_get_request(ml);
+
+    res->cache_bytes       = request.cache_mib < 0.0 ? CACHE_AUTO : request.cache_mib * 1024.0 * 1024.0;
+    res->demand_rows       = request.demand != "none";
+    res->demand_embeddings = request.demand == "embeddings";
     if (ml.files.empty()) {
         if (ml.metadata && gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
             throw std::runtime_error("first-layer tables can only be read from a file");
         }
         return without_tables();
     }
-    const gguf_context_ptr sidecar = load_sidecar(ml);
+    const gguf_context_ptr sidecar = load_sidecar(ml, request.tables.c_str());
     const gguf_context *   meta    = sidecar ? sidecar.get() : ml.metadata;
 
     const int64_t id_version = gguf_find_key(meta, KV_VERSION);
@@ -273,7 +183,7 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
     }
 
     res->is_sidecar = sidecar != nullptr;
-    res->check_all  = requested(ml, KV_CHECK, "some", { "some", "all" }) == "all";
+    res->check_all  = request.check_tables;
 
     size_t           n_sites   = 0;
     const int64_t    id_name   = find_array(meta, KV_SITE_NAME, GGUF_TYPE_STRING, n_sites, true);

@@ -8,7 +8,7 @@
 #include <regex>
 #include <string>
 
-// The options of the tools. They become overrides of the model, see llama-firstlayer-file.cpp.
+// The options of the tools. They become overrides of the model, see llama-firstlayer-request.cpp.
 
 // Set a string override, in several parts where it is long. The last of several options counts.
 inline void llama_firstlayer_override(common_params & params, const std::string & key, const std::string & value) {
