@@ -22,6 +22,7 @@ from support.models import convert
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 N_ENDS = 12
+SECONDS = 200
 
 
 def system(*command: object) -> str:
@@ -53,7 +54,10 @@ def disk(model: Path) -> Iterator[tuple[Path, Path]]:
 def attempt(command: list[object], output: Path) -> tuple[int, bytes, str]:
     """Exit code, what was written or else printed, and the errors, with nothing of the disk in memory."""
     Path("/proc/sys/vm/drop_caches").write_text("3")
-    done = cli(*command)
+    try:
+        done = cli(*command, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return 124, b"", "it hangs"
     written = output.read_bytes() if output.exists() else done.stdout.encode()
     output.unlink(missing_ok=True)
     left = sorted(os.listdir(output.parent))
