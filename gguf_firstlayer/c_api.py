@@ -18,12 +18,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer.errors import Caller, FirstLayerError
+from gguf_firstlayer.errors import UNREADABLE, Caller, FirstLayerError
 from gguf_firstlayer.installation import load_backends, paths
 from gguf_firstlayer.start import STOPPING
 
 # kept here: the library does not copy it
-_BUS_ERROR = b"gguf-firstlayer: a file became shorter while it was read, or is gone; nothing was written, run this again\n"
+_BUS_ERROR = f"gguf-firstlayer: {UNREADABLE}; nothing was written, run this again\n".encode()
 
 _LOG_LEVEL_ERROR = 4
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# what a bus error says of a file that is mapped
+UNREADABLE = "a file could not be read to its end: it became shorter, is gone, or its disk has errors"
+
 
 class FirstLayerError(Exception):
     """Something that the user can act on; its message is one sentence that says what is wrong and what to do."""

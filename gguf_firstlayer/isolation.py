@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
-from gguf_firstlayer.errors import Caller, FirstLayerError
+from gguf_firstlayer.errors import UNREADABLE, Caller, FirstLayerError
 from gguf_firstlayer.start import imported_from
 
 T = TypeVar("T")
@@ -43,6 +44,8 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
     )
     if child.returncode != 0:
         lines = child.stderr.decode(errors="replace").splitlines()
+        if child.returncode == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
+            raise FirstLayerError(f"{path}: {UNREADABLE}")
         asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
         raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
     result = pickle.loads(child.stdout)

