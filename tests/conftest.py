@@ -50,7 +50,7 @@ def smollm_flp(smollm, tmp_path_factory) -> dict[str, Path]:
 def short_blocks(monkeypatch) -> None:
     """Lets `bench` measure little, for tests in which the times themselves do not matter."""
     for name, value in (("MIN_ROUNDS", 1), ("BLOCK_TOKENS", 8), ("PATIENCE", 1)):
-        for module in ("timing", "bench"):
+        for module in ("timing", "bench"):  # the latter does not import all of them
             monkeypatch.setattr(sys.modules[f"gguf_firstlayer.{module}"], name, value, raising=False)
 
 

@@ -196,6 +196,7 @@ def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
     assert found.sample
     assert (found.kld_added, found.kld_added_error) == pytest.approx((told.kld_tables, told.kld_tables_error), rel=1e-6)
     assert told.tokens == found.tokens
+    assert "254 tokens scored, of 512 of the built-in sample" in verify_summary(found)
 
 
 def test_verdict_follows_from_the_figures(smollm, smollm_flp, monkeypatch):
