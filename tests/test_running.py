@@ -112,6 +112,15 @@ def test_loading(load, smollm, smollm_flp):
     assert same(session(smollm, STOCK, steps), session(smollm_flp["f32"], PATCHED, steps, load=load))
 
 
+def test_loading_builds_few_graphs(smollm, smollm_flp):
+    """The check of a converted file takes one graph of llama.cpp's constructor of contexts, which would build seven."""
+    options = ["-no-cnv", "-fit", "off", "-n", 1, "-p", "x", "-v"]
+    logs = [tool("llama-completion", "-m", model, *options, log=True) for model in (smollm, smollm_flp["f32"])]
+    plain, converted = (log.count("reserving a graph for ubatch") for log in logs)
+    assert plain > 1
+    assert converted == plain + 1
+
+
 def test_lazy_reading_of_a_replaced_table(archs, tmp_path):
     """Per-layer embeddings are read lazily, as are the table that replaces them for tokens, and all other weights that only
     images need.

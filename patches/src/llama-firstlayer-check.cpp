@@ -1,6 +1,6 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "llama-cpp.h"
+#include "llama-context.h"
 #include "llama-firstlayer-fill.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-firstlayer.h"
@@ -19,6 +19,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 
 //
 // check
@@ -84,15 +85,39 @@ bool llama_firstlayer::build_graphs(llama_model & model) {
     params.n_ubatch             = n_tokens;
     params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;  // every architecture runs without it
 
+    // the constructor builds many graphs: it is left with its first, once there is one of the other kind, of one token or of several
+    struct enough {};
+
+    bool is_first = true;
+    checking      = [&](const llm_graph_params & first) {
+        if (first.gtype == LLM_GRAPH_TYPE_ENCODER || !std::exchange(is_first, false)) {
+            return;
+        }
+        llama_batch_allocr allocr(model.hparams.n_pos_per_embd());
+        llm_graph_result   res(first.res->get_max_nodes());
+        llm_graph_params   other = first;
+        other.ubatch             = allocr.ubatch_reserve(first.ubatch.n_tokens == 1 ? n_tokens : 1, 1);
+        other.n_outputs          = other.ubatch.n_tokens;
+        other.res                = &res;
+        model.build_graph(other);
+        throw enough();
+    };
+
     // only graphs are built: no KV cache is allocated, and no compute buffers
     const bool no_alloc    = model.hparams.no_alloc;
     model.hparams.no_alloc = true;
-    checking               = true;
-    const llama_context_ptr ctx(llama_init_from_model(&model, params));
-    checking               = false;
+    bool is_built          = true;
+    try {
+        llama_context ctx(model, params);
+    } catch (const enough &) {
+    } catch (const std::exception & err) {
+        LLAMA_LOG_DEBUG("%s: %s\n", __func__, err.what());
+        is_built = false;
+    }
+    checking               = nullptr;
     model.hparams.no_alloc = no_alloc;
     res_encoder.reset();
-    return ctx != nullptr;
+    return is_built;
 }
 
 static double norm(const std::vector<float> & a, const std::vector<float> & b) {

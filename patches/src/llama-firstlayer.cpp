@@ -269,6 +269,9 @@ bool llama_firstlayer::is_reserve(const llama_ubatch & ubatch) {
 
 ggml_cgraph * llama_firstlayer::apply(const llama_model & model, const llm_graph_params & params) {
     ggml_cgraph * gf = use_rows(model, params);
+    if (checking) {
+        checking(params);
+    }
     if (gf && demand_rows && !observe) {
         leave_out(model, params);
     }

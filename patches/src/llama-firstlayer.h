@@ -316,7 +316,7 @@ struct llama_firstlayer {
     // is not left to the first graph.
     void set_weights(const llama_model & model);
 
-    // Build the graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
+    // Build graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
 
     // Whether the loaded model can be written to a file; logs an error if not.
@@ -359,7 +359,7 @@ struct llama_firstlayer {
 
     struct row_sample;
 
-    // Build the graphs of a context, without memory for them. Returns false if the model has none of its own.
+    // Build a graph of one token and one of several, without memory for them. Returns false if the model has none of its own.
     bool build_graphs(llama_model & model);
 
     // Copy what rows are computed from, to check some after building.
@@ -375,7 +375,9 @@ struct llama_firstlayer {
     bool   demand_embeddings = false;  // and logits beside embeddings
 
     std::unique_ptr<llama_firstlayer_demand_kinds> demand_kinds;
-    std::shared_ptr<row_sample>                    sample;  // while check() runs
+    std::shared_ptr<row_sample>                    sample;          // while check() runs
+
+    std::function<void(const llm_graph_params & params)> checking;  // while check() runs: called with each graph
 
     ggml_cgraph * use_rows(const llama_model & model, const llm_graph_params & params);
     void          leave_out(const llama_model & model, const llm_graph_params & params);
@@ -399,7 +401,6 @@ struct llama_firstlayer {
     std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
     std::unordered_set<const ggml_tensor *>        sources;    // those that sites are computed from
     std::string                                    problem;    // found by apply() while check() runs
-    bool                                           checking   = false;
     bool                                           is_sidecar = false;
     bool                                           lazy       = false;  // tables and spares are mapped lazily
     std::unique_ptr<llm_graph_result>              res_encoder;         // the last encoder graph built here
