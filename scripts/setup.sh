@@ -35,6 +35,8 @@ build_llama() {
     if [ ! -e "$folder/built" ]; then
         echo "Building llama.cpp in $folder: some 10 minutes on two cores, once" >&2
     fi
+    # ThreadSanitizer does not understand OpenMP's barriers
+    case ${SANITIZER:-} in *libtsan*) set -- -DGGML_OPENMP=OFF "$@" ;; esac
     mkdir -p "$folder"
     local log=$folder/setup.log
     # shellcheck disable=SC2086
@@ -42,6 +44,23 @@ build_llama() {
         cmake --build "$folder" --target $target --parallel "$(getconf _NPROCESSORS_ONLN)"; } >"$log" 2>&1 ||
         { tail -n 40 "$log" >&2; die "The build failed, see $log"; }
     touch "$folder/built"
+}
+
+# run_sanitized OPTION SCRIPT ARGUMENT...: run a script of the last commit, of which build/sanitize... is a clone, with sanitizers in
+# all its builds: AddressSanitizer and UndefinedBehaviorSanitizer with --sanitize, ThreadSanitizer with --sanitize=thread
+run_sanitized() {
+    local folder=build/sanitize script=$2 library=libasan.so
+    # llama.cpp's gguf reader loads enumerators that do not exist before it looks whether they do, and its kernels read integers
+    # at any address and shift them into the sign
+    local flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=enum,alignment,shift"
+    if [ "$1" = --sanitize=thread ]; then
+        folder=build/sanitize-thread library=libtsan.so flags=-fsanitize=thread
+    fi
+    [ -e $folder ] || git clone --quiet . $folder
+    git -C $folder pull --quiet
+    export CFLAGS="-O1 -g1 $flags" CXXFLAGS="-O1 -g1 $flags" CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+    # Python is not built with a sanitizer, so its library must come first
+    SANITIZER="$(cc -print-file-name=$library) $(cc -print-file-name=libstdc++.so)" exec "$folder/$script" "${@:3}"
 }
 
 # llama.cpp unpatched, for comparison, and its test-llama-archs, which writes a tiny random model of every architecture; that one is

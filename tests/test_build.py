@@ -35,15 +35,16 @@ def test_stock_is_unpatched():
 
 
 def test_checkout_is_used_and_not_modified(tmp_path):
-    """-DLLAMA_CPP_SOURCE_DIR, with a patch that applies."""
+    """-DLLAMA_CPP_SOURCE_DIR, with patches that apply, also that of the web UI."""
     checkout = ROOT / "build" / "stock" / "llama.cpp"
     before = {name: (checkout / name).stat().st_mtime_ns for name in PATCHED_FILES}
-    done = configure(ROOT, tmp_path, f"-DLLAMA_CPP_SOURCE_DIR={checkout}")
+    done = configure(ROOT, tmp_path, f"-DLLAMA_CPP_SOURCE_DIR={checkout}", "-DLLAMA_BUILD_UI=ON")
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(checkout) in done.stdout
     assert {name: (checkout / name).stat().st_mtime_ns for name in PATCHED_FILES} == before
     assert not (checkout / "src" / "llama-firstlayer.h").exists()
     assert (tmp_path / "llama.cpp" / "src" / "llama-firstlayer.h").exists()
+    assert "LLAMA_UI_VERSION" in (tmp_path / "llama.cpp" / "tools" / "ui" / "svelte.config.js").read_text().split("version:")[1]
     assert all(
         "firstlayer" in (tmp_path / "llama.cpp" / name).read_text() for name in PATCHED_FILES if name.endswith("model.h")
     )
