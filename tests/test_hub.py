@@ -148,13 +148,15 @@ def test_url(files, llama, tmp_path):
 
 @pytest.mark.parametrize("name", ["hf:user/x:Q4_1", "elsewhere"])
 def test_trouble_that_passes(name, files, smollm, tmp_path):
-    """A busy server is asked again, and a download that breaks goes on where it ended."""
+    """A busy server is asked again, not before the time that it said, and a download that breaks goes on where it ended."""
     with hub(files) as server:
         server.refusals = [(429, {"Retry_After": "1"}), (503, {"Retry_After": "0"})]
         server.breaks = [10 << 20, 20 << 20]
         name = f"{server.elsewhere}smollm-Q4_1.gguf" if name == "elsewhere" else name
         done = asked(server, tmp_path, "inspect", name, "--json")
         assert done.returncode == 0, done.stderr
+        assert server.refusals == []
+        assert server.waits[0] >= 0.9
         assert max(begin for begin, _ in server.ranges) > 20 << 20
         assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
 

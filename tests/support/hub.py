@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Hub:
         port: of the server
         token: needed to read the repositories
         refusals: status and headers of the answers to the next requests for files
+        waits: seconds from each of these answers until the next request
         breaks: after how many bytes the next downloads end
         downloaded: names of the files that were sent, whole or in parts
         ranges: first and last byte of each part that was asked for
@@ -33,6 +35,7 @@ class Hub:
     port: int = 0
     token: str | None = None
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     breaks: list[int] = field(default_factory=list)
     downloaded: list[str] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -60,6 +63,8 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
     ]
     for entry in listing:
         entry["lfs"] |= {"size": entry["size"], "pointerSize": 100}
+
+    refused_at: list[float] = []
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, data: bytes, status: int = 200, **headers: str) -> None:
@@ -96,9 +101,11 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
             sent = self.headers.get("Authorization")
             host = self.headers["Host"].partition(":")[0]
             known.tokens.setdefault(host, set()).add(sent)
+            known.waits += [time.monotonic() - refused_at.pop()] if refused_at else []
             if known.refusals and (path.startswith("/files/") or "/resolve/" in path):
                 status, refusal = known.refusals.pop(0)
                 self.reply(b"", status, **refusal)
+                refused_at.append(time.monotonic())
             elif path.startswith("/files/"):
                 name = path.removeprefix("/files/")
                 self.send(name) if name in files else self.reply(b"", 404)
