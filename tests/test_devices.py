@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -264,3 +265,20 @@ def test_backend_support(backend):
         answers = supported(backend, operation, pattern)
         assert answers, (operation, pattern)
         assert all(answers), (operation, pattern)
+
+
+def test_gpu_report_needs_little():
+    """scripts/test-gpu packs few packages, for machines without a network. Fails if the report imports another one."""
+    packed = {"llama_cpp", "gguf", "diskcache", "tqdm", "yaml", "jinja2", "markupsafe", "pytest", "packaging", "numpy"}
+    code = f"""
+import importlib.abc, sys
+class Packed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if path is None and name not in {packed!r} | sys.stdlib_module_names | {{"gpu", "gpu_page", "gguf_firstlayer"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Packed())
+import gpu
+"""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts" / "reports")))
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_page import gpu_tables
+from gpu_page import gpu_tables
 
 from gguf_firstlayer import convert, paths, plan
 from gguf_firstlayer.c_api import library

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from gpu_page import Result, gather_table, gpu_tables, interval, rows
 from matplotlib import pyplot
 
 from gguf_firstlayer.text import size_text
@@ -34,24 +34,10 @@ TYPES = ("q4_0", "q8_0", "f16", "f32")
 # layers of SmolLM2 that make its draft, starts of the servers, tokens of an answer
 DRAFT_LAYERS, STARTS, ANSWER = 4, 5, 48
 
-Result = dict[str, Any]
-
 
 def synthetic_name(layers: int, width: int, vocab: int, parallel: bool) -> str:
     """Name of a Pythia or a Llama of any size."""
     return f"{'parallel' if parallel else 'serial'}-{layers}x{width}-{vocab}"
-
-
-def interval(value: Result) -> str:
-    """A ratio with its interval; in parentheses if it does not differ significantly from 1."""
-    text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"({text})" if value["low"] <= 1 <= value["high"] else text
-
-
-def rows(*lines: Sequence[str]) -> str:
-    head, *body = lines
-    ruler = ["---", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ruler, *body)) + "\n"
 
 
 def cells(results: dict[str, Result], prefix: str) -> Iterator[tuple[str, Result]]:
@@ -276,34 +262,6 @@ def count_section(results: dict[str, Result]) -> str:
         lines.append([*row, f"{result['products_eliminated']:.2%}"])
     head = ["model", "bytes read", "plan", "converted", "plan", "instructions", "converted", "fewer", "products saved, plan"]
     return rows(head, *lines)
-
-
-def gpu_tables(found: Result) -> str:
-    """What scripts/reports/gpu.py measured."""
-
-    def shown(cell: Result, variant: str) -> str:
-        value = cell[variant]
-        return interval(dict(zip(("value", "low", "high"), value, strict=True))) if value else "not measured"
-
-    speeds = [["model", "tokens", "source, tokens/s", "with tables", "with a row cache", "ceiling"]]
-    needs = [["model", "bounds: bytes, multiplications", "memory of the source, MiB", "with tables", "with a row cache"]]
-    for model in found["models"]:
-        name = f"{model['model']}, {model['type']}"
-        for cell in model["cells"]:
-            ratios = [shown(cell, variant) for variant in ("converted", "cached", "constants")]
-            speeds.append([name, f"{cell['batch']:,}", f"{cell['source']:,.0f}", *ratios])
-        taken = [f"{model['device_mib'][variant]:,}" for variant in ("source", "converted", "cached")]
-        needs.append([name, f"{model['decode_bound']:.3f}, {model['prefill_bound']:.3f}", *taken])
-    return rows(*speeds) + "\n" + rows(*needs)
-
-
-def gather_table(us: dict[str, dict[str, int]]) -> str:
-    """Microseconds of a prompt, by the size from which on all threads look up."""
-    sizes = list(us["source"])
-    limits = {key: f"tables, threads from {size_text(int(key))} on" for key in us if key != "source"}
-    limits[max(limits, key=int)] = "tables, one thread"
-    names = {"source": "source"} | limits
-    return rows(["tokens", *sizes], *([name, *(f"{us[key][size]:,}" for size in sizes)] for key, name in names.items()))
 
 
 def page(results: dict[str, Result]) -> str:
