@@ -157,8 +157,8 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
 
     const llama_firstlayer_request request = llama_firstlayer_get_request(ml);
 
-    res->cache_bytes       = request.cache_mib < 0.0 ? CACHE_AUTO : request.cache_mib * 1024.0 * 1024.0;
-    res->demand_rows       = request.demand != "none";
+    res->cache_bytes = request.cache_mib < 0.0 ? CACHE_AUTO : (size_t) std::min(request.cache_mib * 0x1p20, 0x1p62);
+    res->demand_rows = request.demand != "none";
     res->demand_embeddings = request.demand == "embeddings";
     if (ml.files.empty()) {
         if (ml.metadata && gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
