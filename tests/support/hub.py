@@ -104,8 +104,8 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
             known.waits += [time.monotonic() - refused_at.pop()] if refused_at else []
             if known.refusals and (path.startswith("/files/") or "/resolve/" in path):
                 status, refusal = known.refusals.pop(0)
-                self.reply(b"", status, **refusal)
                 refused_at.append(time.monotonic())
+                self.reply(b"", status, **refusal)
             elif path.startswith("/files/"):
                 name = path.removeprefix("/files/")
                 self.send(name) if name in files else self.reply(b"", 404)
