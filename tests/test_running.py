@@ -148,6 +148,13 @@ def test_lazy_tables_stay_in_the_file(smollm_flp):
     assert off - on > table / 2  # neighbouring pages are read too
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_loading_reads_what_is_not_lazy(smollm, smollm_flp):
+    """As llama.cpp does without tables. Fails if weights beside lazy tables wait for the first batch, page by page."""
+    source, ours = (session(model, PATCHED, [["mapped", str(model)]])[0][0] for model in (smollm, smollm_flp["f32"]))
+    assert abs(ours - source) < 2 << 20
+
+
 def random(count: int, seed: int) -> dict[str, int]:
     return {"count": count, "seed": seed}
 

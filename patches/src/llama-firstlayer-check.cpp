@@ -2,16 +2,12 @@
 #include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-firstlayer-fill.h"
+#include "llama-firstlayer-pages.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-firstlayer.h"
 #include "llama-impl.h"
 #include "llama-mmap.h"
 #include "llama-model.h"
-
-#ifdef __linux__
-#    include <sys/mman.h>
-#    include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -149,22 +145,6 @@ static std::vector<float> stored(const ggml_tensor * table, int64_t row, int64_t
     return to_float(data, table->type, width);
 }
 
-// memory that was mapped to be read on demand is not held because a check has read it
-static void release(const llama_memory_ranges & mapped) {
-#ifdef __linux__
-    const uintptr_t page = sysconf(_SC_PAGESIZE);
-    for (const auto & range : mapped) {
-        const uintptr_t first = GGML_PAD((uintptr_t) range.addr, page);
-        const uintptr_t last  = ((uintptr_t) range.addr + range.size) / page * page;
-        if (first < last) {
-            madvise((void *) first, last - first, MADV_DONTNEED);
-        }
-    }
-#else
-    GGML_UNUSED(mapped);
-#endif
-}
-
 void llama_firstlayer::check_rows() {
     if (!sample) {
         return;
@@ -194,9 +174,8 @@ void llama_firstlayer::check_rows() {
                 here = here && t->buffer &&
                        ggml_backend_supports_buft(backend.get(), ggml_backend_buffer_get_type(t->buffer));
                 size += node->op == GGML_OP_GET_ROWS ? n_batch * t->nb[1] : ggml_nbytes(t);
-                // by name, as advice about a mapping would clear memory of another kind
-                if (node->op != GGML_OP_GET_ROWS && lazy && spares.count(ggml_get_name(t)) && t->buffer &&
-                    strcmp(ggml_backend_buffer_name(t->buffer), "CPU_Mapped") == 0) {
+                if (node->op != GGML_OP_GET_ROWS && lazy && spares.count(ggml_get_name(t)) &&
+                    llama_firstlayer_is_mapped(t)) {
                     mapped.push_back({ t->data, ggml_nbytes(t) });
                 }
             }
@@ -262,5 +241,5 @@ void llama_firstlayer::check_rows() {
             }
         }
     }
-    release(mapped);
+    llama_firstlayer_release(mapped);  // memory that is read on demand is not held because a check has read it
 }

@@ -1,9 +1,11 @@
 #include "llama-firstlayer.h"
 
+#include "ggml-cpu.h"
 #include "llama-cpp.h"
 #include "llama-firstlayer-cache.h"
 #include "llama-firstlayer-demand.h"
 #include "llama-firstlayer-gather.h"
+#include "llama-firstlayer-pages.h"
 #include "llama-firstlayer-walk.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
@@ -34,6 +36,22 @@ void llama_firstlayer::set_weights(const llama_model & model) {
     }
 }
 
+void llama_firstlayer::populate(const llama_model & model) const {
+    auto *     cpu     = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto is_numa = (decltype(ggml_is_numa) *) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
+                                                                                      "ggml_backend_cpu_is_numa");
+    if (!lazy || (is_numa && is_numa())) {
+        return;
+    }
+    llama_memory_ranges mapped;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        if (llama_firstlayer_is_mapped(t) && !model.can_prefetch.count(t) && !spares.count(name)) {
+            mapped.push_back({ t->data, ggml_nbytes(t) });
+        }
+    }
+    llama_firstlayer_populate(mapped);
+}
+
 void llama_firstlayer::check(llama_model_base & model) {
     loading = nullptr;
     if (cache_bytes > 0) {
@@ -44,6 +62,7 @@ void llama_firstlayer::check(llama_model_base & model) {
         return;
     }
     set_weights(model);
+    populate(model);
 
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         // the rows are on the host, and their copies on the devices are not split like the KV cache

@@ -359,6 +359,10 @@ struct llama_firstlayer {
 
     struct row_sample;
 
+    // Read what is not lazy at once. llama.cpp has the system do so only for files without lazy weights (MAP_POPULATE); the first token
+    // would come later, as it would wait for one page after another.
+    void populate(const llama_model & model) const;
+
     // Build a graph of one token and one of several, without memory for them. Returns false if the model has none of its own.
     bool build_graphs(llama_model & model);
 
