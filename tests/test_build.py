@@ -87,3 +87,10 @@ def test_patch_that_does_not_apply(broken, tmp_path):
     message = " ".join(done.stderr.split())
     assert ("hooks.patch" if broken == "already patched" else "llama-ark.h") in message
     assert "0.3.36" in message
+
+
+@pytest.mark.parametrize("project", sorted((ROOT / "plugins").glob("*/pyproject.toml")), ids=lambda path: path.parent.name)
+def test_plugins_fit_the_package(project):
+    """A backend fits the libraries that it was built with. Fails if only the package's version was raised."""
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert set(re.findall(r'(?:^version = "|gguf-firstlayer==)([^"]+)', project.read_text(), re.MULTILINE)) == {version}

@@ -106,7 +106,7 @@ void llama_firstlayer::find_cache_sites(llama_model & model) {
         if (saved <= (int64_t) row_size) {
             throw std::runtime_error("looking up a row would read more than computing it");
         }
-        max_bytes = std::min(AUTO_ROWS * row_size, std::max(model.size() / AUTO_SHARE, AUTO_AT_LEAST));
+        max_bytes = std::min<size_t>(AUTO_ROWS * row_size, std::max<size_t>(model.size() / AUTO_SHARE, AUTO_AT_LEAST));
     }
     cache = std::make_unique<llama_firstlayer_cache>(model.dev_layer(0), width, model.vocab.n_tokens(), max_bytes);
 
