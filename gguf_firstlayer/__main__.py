@@ -84,7 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.raiseExceptions = False  # the terminal may be closed
     failure, interrupted = 1, ""
     try:
-        args = _parser().parse_args(argv)
+        parser = _parser()
+        if not (sys.argv[1:] if argv is None else argv):
+            parser.print_help(sys.stderr)  # which verbs there are, not only that there must be one
+            return 2
+        args = parser.parse_args(argv)
         failure, interrupted = args.failure, args.interrupted
         code = int(args.run(args))
         sys.stdout.flush()

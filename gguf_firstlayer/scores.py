@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.divergence import kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.text import progress
 
 # batch size in which the source is compared with itself, which shows what any change in the last bits does: attention over
 # so few tokens uses another kernel
@@ -51,32 +53,45 @@ class Scores:
 
     def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], chunk: int) -> None:
         """Compare a model with the source over a text."""
-        for first in range(0, len(ids) - chunk + 1, chunk):
-            part = ids[first : first + chunk].copy()
-            part[: len(begin)] = begin
-            self._add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
-        self._continue(one, other, ids, begin, chunk)
+        firsts = range(0, len(ids) - chunk + 1, chunk)
+        with progress("comparing", len(firsts) + N_PROMPTS, "text") as done:
+            for first in firsts:
+                part = ids[first : first + chunk].copy()
+                part[: len(begin)] = begin
+                self._add(_logits(one, part), _logits(one, part, OTHER_BATCH), _logits(other, part), part[chunk // 2 + 1 :])
+                done.update()
+            self._continue(one, other, ids, begin, chunk, done)
 
     def run_prompts(
         self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int
     ) -> None:
         """Compare a model with the source by the logits after prompts, which each of them gets whole."""
-        for prompt, following in pieces(ids, begin, longest):
-            for run in (one, other):
-                run.keep(0)
-            source, converted, again = one.last(prompt), other.last(prompt), _last_alone(one, prompt)
-            self._add(source[None], again[None], converted[None], np.array([following], np.int32))
-        self._continue(one, other, ids, begin, longest)
+        with progress("comparing", N_TEXTS + N_PROMPTS, "text") as done:
+            for prompt, following in pieces(ids, begin, longest):
+                for run in (one, other):
+                    run.keep(0)
+                source, converted, again = one.last(prompt), other.last(prompt), _last_alone(one, prompt)
+                self._add(source[None], again[None], converted[None], np.array([following], np.int32))
+                done.update()
+            self._continue(one, other, ids, begin, longest, done)
 
     def _continue(
-        self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], chunk: int
+        self,
+        one: Decoder,
+        other: Decoder,
+        ids: npt.NDArray[np.int32],
+        begin: npt.NDArray[np.int32],
+        chunk: int,
+        done: tqdm[Any],
     ) -> None:
         """Compare continuations."""
         starts = [len(ids) * i // N_PROMPTS for i in range(N_PROMPTS)]
         n_prompt = min(PROMPT, chunk // 2)
         n = self._n_greedy = min(GREEDY, chunk - n_prompt)
         prompts = [np.concatenate([begin, ids[start + len(begin) : start + n_prompt]]) for start in starts]
-        self._greedy += [_first_difference(_greedy(one, prompt, n), _greedy(other, prompt, n)) for prompt in prompts]
+        for prompt in prompts:
+            self._greedy.append(_first_difference(_greedy(one, prompt, n), _greedy(other, prompt, n)))
+            done.update()
 
     def _add(
         self,
@@ -152,14 +167,16 @@ class Vectors:
 
     def run(self, one: Decoder, other: Decoder, ids: npt.NDArray[np.int32], begin: npt.NDArray[np.int32], longest: int) -> None:
         """Embed texts with both."""
-        for piece, _ in pieces(ids, begin, longest):
-            a, b = one.last(piece).astype(np.float64), other.last(piece).astype(np.float64)
-            if not (np.isfinite(a).all() and a.any()):
-                raise FirstLayerError("the model cannot be measured: the source's output is not finite, or zero")
-            self._cosines.append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
-            self._largest = max(self._largest, float(np.abs(a - b).max()))
-            self._squares += float(a @ a)
-            self._count += len(a)
+        with progress("comparing", N_TEXTS, "text") as done:
+            for piece, _ in pieces(ids, begin, longest):
+                a, b = one.last(piece).astype(np.float64), other.last(piece).astype(np.float64)
+                if not (np.isfinite(a).all() and a.any()):
+                    raise FirstLayerError("the model cannot be measured: the source's output is not finite, or zero")
+                self._cosines.append(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
+                self._largest = max(self._largest, float(np.abs(a - b).max()))
+                self._squares += float(a @ a)
+                self._count += len(a)
+                done.update()
 
     def figures(self) -> dict[str, Any]:
         """The figures, by their names in `Verification`."""

@@ -15,7 +15,7 @@ setup_venv() {
 
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed"
     if [ ! -x $python ]; then
-        echo "Making a virtual environment in .venv" >&2
+        echo "Making a virtual environment in .venv, and installing packages" >&2
         python3 -m venv .venv || die "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
     fi
     # the bindings run on our libraries, so llama.cpp need not be compiled for them; from pip's cache, such a wheel without
@@ -23,6 +23,15 @@ setup_venv() {
     CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $python -m pip install --no-cache-dir --quiet --disable-pip-version-check \
         --config-settings=wheel.cmake=false --editable ".$1"
     touch "$stamp"
+}
+
+# how far a build is, of what it prints: [12/263] or [ 12%], on a terminal
+show_steps() {
+    local line
+    while read -r line; do
+        case $line in \[*) [ ! -t 2 ] || printf '\r%s]' "${line%%]*}" >&2 ;; esac
+    done
+    [ ! -t 2 ] || printf '\r\033[K' >&2
 }
 
 # build_llama FOLDER TARGET CMAKE_OPTION...
@@ -41,7 +50,7 @@ build_llama() {
     local log=$folder/setup.log
     # shellcheck disable=SC2086
     { cmake -B "$folder" -DPython3_EXECUTABLE="$PWD/$python" "$@" &&
-        cmake --build "$folder" --target $target --parallel "$(getconf _NPROCESSORS_ONLN)"; } >"$log" 2>&1 ||
+        cmake --build "$folder" --target $target --parallel "$(getconf _NPROCESSORS_ONLN)"; } 2>&1 | tee "$log" | show_steps ||
         { tail -n 40 "$log" >&2; die "The build failed, see $log"; }
     touch "$folder/built"
 }
@@ -58,7 +67,9 @@ run_sanitized() {
     fi
     [ -e $folder ] || git clone --quiet . $folder
     git -C $folder pull --quiet
-    export CFLAGS="-O1 -g1 $flags" CXXFLAGS="-O1 -g1 $flags" CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+    # without assertions, as in a release: ggml's stop at the first NaN
+    flags="-O1 -g1 -DNDEBUG $flags"
+    export CFLAGS=$flags CXXFLAGS=$flags CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
     # Python is not built with a sanitizer, so its library must come first
     SANITIZER="$(cc -print-file-name=$library) $(cc -print-file-name=libstdc++.so)" exec "$folder/$script" "${@:3}"
 }

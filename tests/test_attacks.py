@@ -105,9 +105,10 @@ def test_attack(name, honest, memory, tmp_path):
 
     written = {"convert": "converted.gguf", "revert": "source.gguf"}
     assert sorted(os.listdir(tmp_path)) == sorted(before + [file for verb, file in written.items() if codes[verb] == 0])
-    bound = MEMORY + TIMES * path.stat().st_size
-    assert loading < memory[0] + bound
-    assert python < memory[1] + bound
+    if "SANITIZER" not in os.environ:  # which takes memory for each allocation
+        bound = MEMORY + TIMES * path.stat().st_size
+        assert loading < memory[0] + bound
+        assert python < memory[1] + bound
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")

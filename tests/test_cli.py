@@ -34,6 +34,12 @@ def test_help_has_an_example(verb):
     assert f"example: gguf-firstlayer {verb} " in " ".join(done.stdout.split())
 
 
+def test_no_verb():
+    done = cli()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(f"\n    {verb} " in done.stderr for verb in VERBS)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion(shell):
     script = cli("--print-completion", shell).stdout
