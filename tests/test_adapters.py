@@ -115,10 +115,13 @@ def test_draft_from_hidden_states(kind, archs, tmp_path):
         "row cache": (Cached(source), {}),
     }
     model, load = models[kind]
-    job = {"run": "injection", "count": 6}
-    ((status, log),) = run(PATCHED, job | {"model": model, "load": load})
-    ((stock, _),) = run(STOCK, job | {"model": source})
-    assert status == stock == 0, log
+    width = next(int(tensor.shape[0]) for tensor in GGUFReader(source).tensors if tensor.name == "fc.weight")
+    job = {"run": "injection", "count": 6, "width": width}
+    ((status, log, ours),) = run(PATCHED, job | {"model": model, "load": load})
+    ((_, _, stock),) = run(STOCK, job | {"model": source})
+    assert status == 0, log
+    assert np.ptp(stock) > 0
+    assert np.array_equal(ours, stock)
 
 
 @pytest.mark.parametrize("sidecar", [False, True])

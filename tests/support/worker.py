@@ -591,13 +591,16 @@ def training(job):
 
 
 def injection(job):
-    """Status of a batch of a target's hidden states, which a draft makes keys and values of.
-
-    llama_batch has room for a part of each state only, so what they become is random.
+    """A batch of a target's hidden states, of `width` values, which a draft makes keys and values of: status, messages, and
+    logits of tokens that attend to them.
     """
     model = Model(job["model"], **job.get("load", {}))
-    rows = np.zeros((job["count"], llama_cpp.llama_model_n_embd(model.model)), np.float32)
-    return decode(model.context(), [0] * job["count"], embd=rows, outputs=0), "".join(messages)
+    context, tokens = model.context(), model.tokens({"count": 4, "seed": 1})
+    states = np.random.default_rng(1).normal(size=(job["count"], job["width"])).astype(np.float32)
+    status = decode(context, [0] * len(states), embd=states, outputs=0)
+    if status != 0 or decode(context, tokens, len(states)) != 0:
+        return status, "".join(messages), None
+    return status, "", np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(tokens), model.n_vocab)).copy()
 
 
 def refused_saving(job):
