@@ -22,6 +22,9 @@ from gguf_firstlayer import paths
 # tools run on the CPU unless a test says otherwise: devices round differently, which the tests of exactness are not about
 os.environ |= {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_N_GPU_LAYERS": "0", "LLAMA_ARG_N_GPU_LAYERS_DRAFT": "0"}
 
+# a process that aborts would start a debugger, which may wait for ever
+os.environ["GGML_NO_BACKTRACE"] = "1"
+
 # several tests run at once, so a thread that waits for others leaves its processor to them
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
@@ -90,7 +93,7 @@ def preload(library: Path) -> dict[str, str]:
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     """Results of jobs of worker.py on a build of llama.cpp, in a separate process."""
     jobs = tuple(job | {"load": job.get("load", {}) | getattr(job.get("model"), "LOAD", {})} for job in jobs)
-    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build), "GGML_NO_BACKTRACE": "1"}
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(build)}
     # elsewhere, libraries of devices may not survive a fork; what is preloaded must be there from the start
     forks = sys.platform == "linux" and environment.get("LD_PRELOAD") == PRELOADED
     worker = IDLE[build].pop() if forks and IDLE[build] else None
