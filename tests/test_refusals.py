@@ -471,6 +471,8 @@ def test_progress(llama, tmp_path):
     quiet = subprocess.run([sys.executable, "-c", code, llama, tmp_path / "z.gguf"], capture_output=True, check=True)
     assert quiet.stderr == b""
 
+    assert "comparing: " in cli("verify", llama, "--cache", "--tokens", 64).stderr
+
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf")]
