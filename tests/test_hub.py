@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,17 @@ def test_trouble_that_passes(name, files, smollm, tmp_path):
         assert server.refusals == []
         assert server.waits[0] >= 0.9
         assert max(begin for begin, _ in server.ranges) > 20 << 20
+        assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
+
+
+def test_two_downloads_at_once(smollm, tmp_path):
+    """The second one waits for the first, and finds its file. Fails without a lock: then both write the same file."""
+    with hub({"x.gguf": smollm}) as server, ThreadPoolExecutor(2) as pool:
+        server.meeting = threading.Barrier(2)
+        both = list(pool.map(lambda _: asked(server, tmp_path, "inspect", f"{server.elsewhere}x.gguf", "--json"), range(2)))
+        assert server.downloaded == ["x.gguf"]
+    for done in both:
+        assert done.returncode == 0, done.stderr
         assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
 
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import pty
 import random
@@ -33,6 +34,7 @@ from support.models import convert, rewrite
 
 from gguf_firstlayer import FirstLayerError
 from gguf_firstlayer.file_format import Measurement
+from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import replacing
 from gguf_firstlayer.runtime import Analysis
 
@@ -174,6 +176,18 @@ def test_source_is_truncated(megabytes, smollm, tmp_path):
     assert process.returncode == 1, errors
     assert re.search("gguf-firstlayer: .*(it became shorter|was truncated while it was read)", errors.splitlines()[-1])
     assert not (tmp_path / "x-flp.gguf").exists()
+
+
+def read_what_is_gone(path: Path) -> int:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        file.truncate(0)
+        return mapped[0]
+
+
+def test_source_is_truncated_while_llama_cpp_reads_it(llama, tmp_path):
+    """The child process in which it reads is ended by the signal. Fails if that is told as a crash of llama.cpp."""
+    with pytest.raises(FirstLayerError, match=r"x\.gguf: a file could not be read to its end"):
+        isolated(read_what_is_gone, Path(shutil.copy(llama, tmp_path / "x.gguf")))
 
 
 def test_output_is_source(llama, tmp_path):

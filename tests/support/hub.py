@@ -30,6 +30,7 @@ class Hub:
         downloaded: names of the files that were sent, whole or in parts
         ranges: first and last byte of each part that was asked for
         tokens: those that were sent, by host
+        meeting: where clients that ask about a file wait for one another
     """
 
     port: int = 0
@@ -40,6 +41,7 @@ class Hub:
     downloaded: list[str] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)
     tokens: dict[str, set[str | None]] = field(default_factory=dict)
+    meeting: threading.Barrier | None = None
 
     @property
     def address(self) -> str:
@@ -130,6 +132,8 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
                 self.reply(b"", 404)
 
         def do_HEAD(self) -> None:
+            if known.meeting is not None:
+                known.meeting.wait(120)
             self.do_GET()
 
         def log_message(self, *_: object) -> None:
