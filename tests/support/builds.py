@@ -56,12 +56,15 @@ class Optional(type(Path())):  # type: ignore[misc] # before Python 3.12, Path i
     # of the context, and of tools: with these, for the source too, SmolLM2 has the same bits
     CONTEXT: ClassVar[dict[str, Any]] = {}
     EXACT: ClassVar[list[object]] = []
+    # what a log says once it is used
+    SAYS: ClassVar[list[str]] = []
 
 
 class Cached(Optional):
     """With a row cache."""
 
     LOAD, OPTIONS = {"cache": CACHE_SIZE}, ["--firstlayer-cache", CACHE_SIZE]
+    SAYS: ClassVar = ["rows of the first layer are cached"]
 
 
 class Demanded(Optional):
@@ -69,6 +72,7 @@ class Demanded(Optional):
 
     LOAD, OPTIONS = {"demand": "embeddings"}, ["--demand", "embeddings"]
     CONTEXT, EXACT = {"flash_attn_type": 0}, ["-fa", "off"]
+    SAYS: ClassVar = ["not computed, since nobody reads it"]
 
 
 class CachedAndDemanded(Cached):
@@ -76,6 +80,7 @@ class CachedAndDemanded(Cached):
 
     LOAD, OPTIONS = Cached.LOAD | Demanded.LOAD, Cached.OPTIONS + Demanded.OPTIONS
     CONTEXT, EXACT = Demanded.CONTEXT, Demanded.EXACT
+    SAYS: ClassVar = Cached.SAYS + Demanded.SAYS
 
 
 # what all processes are run with, such as a sanitizer's library

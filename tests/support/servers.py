@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import openai
 
 from support.builds import PATCHED, ROOT
-from support.command_line import load_options
+from support.command_line import load_options, missing
 from support.ports import free_port
 
 
@@ -31,7 +32,7 @@ def serving(
         not_yet: what that raises while the server does not listen yet, or loads its model
     """
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*map(str, command)], **quiet, **options) as process:
+    with subprocess.Popen([*map(str, command)], **(quiet | options)) as process:
         try:
             deadline = time.monotonic() + 120
             while True:
@@ -60,9 +61,17 @@ def openai_client(command: list[object], environment: dict[str, str] | None = No
 Post = Callable[..., Any]
 
 
+def whole(log: TextIO) -> str:
+    log.seek(0)
+    return log.read()
+
+
 @contextmanager
 def server(model: Path, *options: object) -> Iterator[Post]:
-    """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise."""
+    """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise.
+
+    After the requests, the server's log must say that it used what its model has on request.
+    """
     port = free_port()
     command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
     command += load_options([model, *options])
@@ -77,8 +86,13 @@ def server(model: Path, *options: object) -> Iterator[Post]:
             raise AssertionError(err.read().decode()) from err
         return json.loads(text) if text.startswith(("{", "[")) else text
 
-    with serving(command, lambda: post("/health"), (AssertionError, OSError)):
-        yield post
+    with tempfile.TemporaryFile("a+", errors="replace") as log:  # both sides share one position
+        with serving(command, lambda: post("/health"), (AssertionError, OSError), stdout=log, stderr=log):
+            yield post
+            deadline = time.monotonic() + 10  # it is written by a thread of its own
+            while (lacks := missing(whole(log), [model, *options])) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert not lacks, whole(log)[-2000:]
 
 
 def essence(answer: Any) -> Any:
