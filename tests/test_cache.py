@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import architectures
 import numpy as np
 import pytest
-from support.builds import EXACT_FROM, PATCHED, ROOT, STOCK, Cached, both, run, same, session
+from support.builds import EXACT_FROM, PATCHED, ROOT, STOCK, Cached, both, preloaded, run, same, session
 from support.command_line import run_tool, tool
 from support.counting import COUNTED, can_count, instructions
 from support.models import convert, quantized
@@ -95,6 +96,42 @@ def test_a_batch_that_does_not_fit(smollm):
     assert [list(counts) for counts in cached[1::2]] == [[0, 20], [0, 20], [20, 20]]
     decodes = [step for step in steps if step[0] == "decode"]
     assert same(cached[::2], session(smollm, STOCK, decodes))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to overwrite what is freed")
+def test_pools_of_threads(smollm, monkeypatch):
+    """Rows are computed before llama.cpp sets the pool for a batch.
+
+    Fails if they are on the last one, which has too few threads after a control vector made llama.cpp reserve, or is gone.
+    """
+    for name, value in {**preloaded("failing"), "MALLOC_PERTURB_": "90"}.items():
+        monkeypatch.setenv(name, value)
+    tokens = [["decode", [[0], [token]]] for token in range(40, 44)]
+    start = ["decode", [[0], TEXT[:200]]]
+    steps = [start, ["threads", 1, 4], tokens[0], ["control", 1], tokens[1], ["threads"], tokens[2], tokens[3]]
+    context = {"n_threads": 1, "n_threads_batch": 4}
+    stock, ours = (
+        session(model, build, steps, context=context) for model, build in [(smollm, STOCK), (Cached(smollm), PATCHED)]
+    )
+    assert same(stock, ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
+def test_no_memory_for_rows(smollm, monkeypatch):
+    """A batch whose rows cannot be computed is computed as usual, and its tokens are not taken for cached ones.
+
+    Fails also if the exception gets out of llama_decode.
+    """
+    few, many = ["decode", [[0], {"count": 3, "seed": 1}]], ["decode", [[0], {"count": 100, "seed": 2}]]
+    stock = session(smollm, STOCK, [few, many, many])
+    for name, value in preloaded("failing").items():
+        monkeypatch.setenv(name, value)
+    steps = [few, ["fail"], many, ["log"], many, ["cache"]]
+    job = {"run": "session", "model": smollm, "steps": steps, "load": {"cache": 16}}
+    ((*first, log, last, counts),) = run(PATCHED, job)
+    assert "rows of a batch cannot be cached" in str(log)
+    assert same(stock, [*first, last])
+    assert counts[1] > 90
 
 
 def test_graphs_are_reused(smollm):

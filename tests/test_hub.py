@@ -191,6 +191,17 @@ def test_refusals(files, tmp_path):
     assert "cannot be reached" in refusal(asked(server, tmp_path, "inspect", "hf:user/x/llama-Q4_K_M.gguf"))
 
 
+def test_run(files, smollm, tmp_path):
+    """A tool gets the file that a model is downloaded to; a prompt that looks like one stays as it is."""
+    options = ["-n", 8, "-p", "hf:user/x", "-no-cnv", "--temp", 0]
+    with hub(files) as server:
+        done = asked(server, tmp_path, "run", "main", "-m", "hf:user/x:Q4_1", *options)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == cli("run", "main", "-m", smollm, *options).stdout != ""
+        assert server.downloaded == ["smollm-Q4_1.gguf"]
+        assert "no such GGUF model" in refusal(asked(server, tmp_path, "run", "main", "-m", "hf:user/x:Q8_0"))
+
+
 def test_a_folder(files, tmp_path):
     """Fails if models in it are missing, or one that cannot be planned ends all."""
     folder = tmp_path / "models" / "inner"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from support.builds import PATCHED, ROOT, STOCK, compare, run
 from support.command_line import cli, refusal
 from support.models import convert, rewrite
@@ -566,6 +566,33 @@ def test_malformed_table(change, message, llama_flp, tmp_path):
         llama_flp, tmp_path / "x.gguf", change_tensor=lambda name, data: change(data) if name.startswith("firstlayer") else data
     )
     assert message in load_error(path)
+
+
+def test_blocks_across_sites(archs, tmp_path):
+    """Sites of 128, 64 and 64 values in blocks of 256. The check of rows would quantize each, which ggml asserts."""
+    kept = convert(archs / "llama-embed-dense.gguf", tmp_path / "kept.gguf", type="f32", keep_weights=True).output
+    blocks = np.random.default_rng(1).integers(0, 256, (128, 66), dtype=np.uint8)
+    path = rewrite(
+        kept,
+        tmp_path / "x.gguf",
+        change_tensor=lambda name, data: blocks if name == "firstlayer.0.table" else data,
+        change_type=GGMLQuantizationType.IQ2_XXS,
+    )
+    assert "whose blocks have 256 values" in load_error(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
+def test_weights_that_no_table_can_be_of(value, llama, tmp_path):
+    """Rows that are computed of them cannot be quantized: for IQ3_S, ggml asserts that they can."""
+    kept = convert(llama, tmp_path / "kept.gguf", type="iq3_s", keep_weights=True).output
+
+    def spoil(name: str, data: np.ndarray) -> np.ndarray:
+        if name == "blk.0.attn_k.weight":
+            data = data.copy()
+            data[3] = value
+        return data
+
+    assert "the tables are not of this model" in load_error(rewrite(kept, tmp_path / "x.gguf", change_tensor=spoil))
 
 
 def test_missing_table(llama_flp, tmp_path):

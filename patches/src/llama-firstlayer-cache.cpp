@@ -225,6 +225,7 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
 
     // first those that are there, so that they are not evicted
     std::vector<llama_token> missing;
+    missing.reserve(n_tokens);  // nothing may fail while tokens are marked
     taken.resize(n_tokens);
     for (uint32_t i = 0; i < n_tokens; ++i) {
         int32_t & known = slot_of[tokens[i]];
@@ -241,6 +242,7 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
 
     if (fits && !missing.empty()) {
         std::vector<int32_t> slots_missing;
+        slots_missing.reserve(missing.size());
         for (const llama_token token : missing) {
             const int32_t i = take_slot();
             slots[i].token  = token;
@@ -255,7 +257,12 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
             }
         }
         const int64_t start = ggml_time_us();
-        const bool    ok    = fill.compute(missing, slots_missing, n_slots);
+        bool          ok    = false;
+        try {
+            ok = fill.compute(missing, slots_missing, n_slots);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_WARN("%s: rows of a batch cannot be cached: %s\n", __func__, err.what());
+        }
         t_us += ggml_time_us() - start;
 
         unpin(slots_missing);

@@ -24,14 +24,13 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
     ggml_backend_dev_t         cpu   = ggml_backend_get_device(backends.back().get());
     const size_t               align = ggml_backend_buft_get_alignment(buft);
 
-    t->buffer = nullptr;
-    t->data   = nullptr;
-
     std::vector<no_init<uint8_t>> buf(ml->use_mmap ? 0 : size);
     void *                        data = const_cast<void *>(ml->load_data_range(weight, 0, size, buf.data()));
 
     if (ml->use_mmap && buft == ggml_backend_dev_buffer_type(cpu) && (uintptr_t) data % align == 0) {
         bufs.emplace_back(ggml_backend_dev_buffer_from_host_ptr(cpu, data, size, size));
+        t->buffer = nullptr;
+        t->data   = nullptr;
         ggml_backend_tensor_alloc(bufs.back().get(), t, data);
         return;
     }
@@ -41,6 +40,8 @@ void llama_firstlayer_analysis::load_weight(ggml_tensor * t) {
         throw std::runtime_error(format("cannot allocate %zu bytes for weight '%s'", size, ggml_get_name(t)));
     }
     ggml_backend_buffer_set_usage(bufs.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    t->buffer = nullptr;
+    t->data   = nullptr;
     ggml_backend_tensor_alloc(bufs.back().get(), t, ggml_backend_buffer_get_base(bufs.back().get()));
     ggml_backend_tensor_set(t, data, 0, size);
 }

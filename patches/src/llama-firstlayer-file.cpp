@@ -182,6 +182,10 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
             "unknown %s, this build reads version %u: update it, or convert the model again", KV_VERSION, VERSION));
     }
 
+    if (n_vocab == 0) {
+        throw std::runtime_error("first-layer tables of a model without tokens");
+    }
+
     res->is_sidecar = sidecar != nullptr;
     res->check_all  = request.check_tables;
 
@@ -218,6 +222,12 @@ std::unique_ptr<llama_firstlayer> llama_firstlayer::load(llama_model_loader & ml
             throw std::runtime_error(format("first-layer site %zu has columns %u to %lld of table '%s', which has %lld",
                                             i, column[i], (long long) column[i] + width[i], name.c_str(),
                                             (long long) t->ne[0]));
+        }
+        if (column[i] % ggml_blck_size(t->type) != 0 || width[i] % ggml_blck_size(t->type) != 0) {
+            throw std::runtime_error(format(
+                "first-layer site %zu has columns %u to %lld of table '%s', whose blocks "
+                "have %lld values",
+                i, column[i], (long long) column[i] + width[i], name.c_str(), (long long) ggml_blck_size(t->type)));
         }
         res->sites.push_back({ gguf_get_arr_str(meta, id_name, i), gguf_get_arr_str(meta, id_recipe, i), table[i],
                                column[i], width[i], false });

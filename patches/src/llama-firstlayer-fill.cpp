@@ -1,5 +1,7 @@
 #include "llama-firstlayer-fill.h"
 
+#include "ggml-cpu.h"
+#include "llama-firstlayer.h"
 #include "llama-graph.h"
 
 #include <algorithm>
@@ -82,12 +84,21 @@ llama_firstlayer_fill::llama_firstlayer_fill(const llama_firstlayer_fill_graph *
         graphs.push_back(std::move(cur));
     }
 
-    // until a first graph of the context sets the number
+    // until a first graph of the context sets the number; the last one's pool may have fewer threads
     ggml_backend_t     cpu = backends.back();
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
     if (auto * set_n_threads =
             (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        llama_firstlayer::forget_threadpool(cpu);
         set_n_threads(cpu, params.cparams.n_threads_batch);
+    }
+}
+
+void llama_firstlayer::forget_threadpool(ggml_backend_t cpu) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    if (auto * set_threadpool = (decltype(ggml_backend_cpu_set_threadpool) *) ggml_backend_reg_get_proc_address(
+            reg, "ggml_backend_cpu_set_threadpool")) {
+        set_threadpool(cpu, nullptr);
     }
 }
 

@@ -269,7 +269,9 @@ void llama_firstlayer::rewrite(const llama_model &           model,
     }
     const auto gone = walk.replace(ctx, gf, row_refs);
     for (const auto & [t, i] : found) {
-        sites[i].used = sites[i].used || (checking && row_refs.count(t));
+        if (checking && row_refs.count(t)) {  // later, other threads may be here too
+            sites[i].used = true;
+        }
     }
 
     // llama_context disables a fused operation if it is not on its layer's device: drop those that are gone

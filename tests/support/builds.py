@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +94,14 @@ IDLE: dict[Path, list[subprocess.Popen[str]]] = defaultdict(list)
 def preload(library: Path) -> dict[str, str]:
     """Environment of a process with a library of its own, beside what all have."""
     return {"LD_PRELOAD": f"{PRELOADED} {library}" if PRELOADED else str(library)}
+
+
+@cache
+def preloaded(name: str) -> dict[str, str]:
+    """Environment of a process with a library of tests/support."""
+    library = Path(tempfile.mkdtemp()) / f"{name}.so"
+    subprocess.run(["c++", "-shared", "-fPIC", Path(__file__).with_name(f"{name}.cpp"), "-o", library], check=True)
+    return preload(library)
 
 
 def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:

@@ -6,13 +6,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support.builds import PATCHED, ROOT, CachedAndDemanded, Demanded, preload
+from support.builds import PATCHED, ROOT, CachedAndDemanded, Demanded, preloaded
 
 
 def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -44,15 +42,9 @@ def missing(log: str, arguments: Iterable[object]) -> list[str]:
     return [line for argument in arguments for line in getattr(argument, "SAYS", []) if line not in log]
 
 
-@cache
 def whole_log() -> dict[str, str]:
     """Environment of a tool whose log is read: with a library that waits for its last lines."""
-    if sys.platform != "linux":
-        return {}
-    library = Path(tempfile.mkdtemp()) / "whole_log.so"
-    command = ["c++", "-shared", "-fPIC", Path(__file__).with_name("whole_log.cpp"), "-o", library]
-    subprocess.run(command, check=True)
-    return preload(library)
+    return preloaded("whole_log") if sys.platform == "linux" else {}
 
 
 def run_tool(name: str, *arguments: object, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:

@@ -451,6 +451,24 @@ def control(model, context, seed):
     assert llama_cpp.llama_set_adapter_cvec(context, data, len(vectors), width, 1, layers) == 0
 
 
+def threadpools(context, *sizes, attached=[]):  # noqa: B006 # those that are in use
+    """Run a context on pools of its own (llama_attach_threadpool); without sizes, no longer, and free them."""
+    folder, llama = Path(os.environ["LLAMA_CPP_LIB_PATH"]), llama_cpp.llama_cpp._lib
+    base, cpu = (ctypes.CDLL(str(folder / installation.library_name(name))) for name in ("ggml-base", "ggml-cpu"))
+    new, free = cpu.ggml_threadpool_new, cpu.ggml_threadpool_free
+    new.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    if sizes:
+        for size in sizes:
+            params = (ctypes.c_char * 1024)()
+            base.ggml_threadpool_params_init(params, size)
+            attached.append(new(params))
+        llama.llama_attach_threadpool(ctypes.c_void_p(context), *map(ctypes.c_void_p, attached))
+    else:
+        llama.llama_detach_threadpool(ctypes.c_void_p(context))
+        while attached:
+            free(attached.pop())
+
+
 def hidden_states(model, context, count):
     """What drafts read of a context (`llama_get_embeddings_nextn`), F32 [count, width]; for none, ask the context for them."""
     library, handle = llama_cpp.llama_cpp._lib, ctypes.c_void_p(context)  # these functions are C++
@@ -476,6 +494,8 @@ def session(job):
     cache                                       hits and misses of the row cache
     log                                         what llama.cpp warned of
     logits                                      whether there are any
+    threads [n n]                               pools for single tokens and for batches; without, they are detached and freed
+    fail                                        the next graph of the row cache throws (tests/support/failing.cpp, preloaded)
     hidden                                      from now on, ask for hidden states of all tokens, and return each decode's
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
@@ -525,6 +545,10 @@ def session(job):
         elif step == "cache":
             data = cache_data(model)
             results.append(np.array([data["n_hits"], data["n_misses"]]))
+        elif step == "threads":
+            threadpools(context, *arguments)
+        elif step == "fail":
+            ctypes.CDLL(None).fail_once()
         elif step == "logits":
             results.append(np.array([bool(llama_cpp.llama_get_logits(context))]))
         elif step == "log":
