@@ -73,6 +73,7 @@ else()
     # llama.cpp would take these from the git repository around its sources
     set(LLAMA_BUILD_COMMIT ${LLAMA_CPP_COMMIT})
     set(LLAMA_BUILD_NUMBER 0)
+    set(GIT_EXE OFF CACHE INTERNAL "ggml's git")
     set(commit ${LLAMA_CPP_COMMIT})
     message(STATUS "llama.cpp: ${LLAMA_CPP_COMMIT} of llama-cpp-python ${LLAMA_CPP_PYTHON_VERSION}")
 endif()

