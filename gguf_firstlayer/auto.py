@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from gguf_firstlayer import file_format
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import TEXT_BYTES, InMemoryDecoder, held
 from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
-from gguf_firstlayer.errors import FirstLayerError
+from gguf_firstlayer.errors import FirstLayerError, option
 from gguf_firstlayer.memory import memory_limit
 from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
@@ -55,7 +56,7 @@ class _Outcome:
 
     @property
     def kld(self) -> float:
-        return max(0.0, float(self.klds.mean()))  # rounding may make it negative
+        return max(float(self.klds.mean()), 0.0)  # rounding may make it negative
 
 
 def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
@@ -297,6 +298,8 @@ def search(effects: Effects, max_kld: float) -> tuple[SiteTypes, file_format.Mea
     while True:
         site_types = _cheapest(ladders, max_kld / scale)
         rise = measured(site_types)
+        if not math.isfinite(rise):
+            raise FirstLayerError(f"types cannot be measured, since the output is not finite; choose one with {option('type')}")
         if rise <= max_kld:
             break
         scale = rise / predicted(site_types)  # the prediction was too low by this factor

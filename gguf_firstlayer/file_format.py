@@ -20,6 +20,9 @@ from gguf_firstlayer.source import Source
 VERSION = 1
 MAX_DIMS = 4
 
+# of a measurement that is stored as F32
+LARGEST = float(np.finfo(np.float32).max)
+
 # columns; kernels read rows in vectors of four floats
 ALIGNMENT = 4
 
@@ -255,7 +258,9 @@ def metadata(
         keys.append(array("spare.name", spares, GGUFValueType.STRING))
     if measurement:
         keys += [
-            (f"firstlayer.measured.{name}", value, GGUFValueType.UINT32 if name == "tokens" else GGUFValueType.FLOAT32, None)
+            (f"firstlayer.measured.{name}", value, GGUFValueType.UINT32, None)
+            if name == "tokens"
+            else (f"firstlayer.measured.{name}", min(value, LARGEST), GGUFValueType.FLOAT32, None)
             for name, value in dataclasses.asdict(measurement).items()
         ]
     if origin:
@@ -350,6 +355,8 @@ def read(source: Source) -> tuple[list[StoredSite], list[Table], list[Elided]]:
         return check(source.value(f"firstlayer.{key}") or [])
 
     try:
+        if any(number < 0 for key in ("width", "table", "column") for number in values(f"site.{key}")):
+            raise ValueError("a negative number")
         columns = [values(f"site.{key}") for key in ("name", "recipe", "width", "table", "column", "fingerprint")]
         sites = [StoredSite(*row) for row in zip(*columns, strict=True)]
         tables = []

@@ -39,6 +39,9 @@ _HEADER_BYTES = (2 << 20, 8 << 20, 32 << 20)
 _ATTEMPTS = 5
 _WAIT, _LONGEST_WAIT = 1.0, 300.0
 
+# other addresses that an address may lead to
+_REDIRECTIONS = 10
+
 # those that versions of huggingface_hub use, whose errors are no OSError
 _HTTP_LIBRARIES = ("httpx", "httpx2")
 
@@ -67,8 +70,12 @@ def local(name: ModelName) -> Path:
     if not is_remote(name):
         return Path(name)
     parts = _parts(str(name))
-    folder = Path() if parts[0].repository else _version(parts[0]).folder
-    paths = [_download(part, folder) for part in parts]
+    if parts[0].repository:
+        paths = [_download_from_hub(part) for part in parts]
+        return paths[0]
+    versions = [_version(part) for part in parts]
+    folder = _folder(versions)
+    paths = [_download(version, folder) for version in versions]
     return paths[0]
 
 
@@ -80,8 +87,9 @@ def header(name: ModelName) -> Path:
     cached = [_cached(part) for part in parts]
     if all(cached):
         return Path(str(cached[0]))
-    folder = _version(parts[0]).folder
-    paths = [_read_header(part, folder) for part in parts]
+    versions = [_version(part) for part in parts]
+    folder = _folder(versions)
+    paths = [_read_header(version, folder) for version in versions]
     return paths[0]
 
 
@@ -100,7 +108,9 @@ def models_among(files: list[str]) -> list[str]:
     return [
         file
         for file, name in sorted(names.items())
-        if name.endswith(".gguf") and not _OTHERS.search(name) and ((part := parts[file]) is None or int(part[2]) == 1)
+        if name.endswith(".gguf")
+        and not _OTHERS.search(name)
+        and ((part := parts[file]) is None or int(part[2]) == 1 <= int(part[3]))
     ]
 
 
@@ -128,12 +138,17 @@ class _Remote(NamedTuple):
         path = self.file if self.repository else urlsplit(self.file).path
         return PurePosixPath(path).name or "model.gguf"
 
+    @property
+    def local_name(self) -> str:
+        """The same, as every system takes it for the name of a file."""
+        return re.sub(r"[^\w.-]", "_", self.basename)
+
 
 def _parts(name: str) -> list[_Remote]:
     """All files of a model."""
     first = _find(name)
     match = Source.PART.fullmatch(first.basename)
-    if not match:
+    if not match or int(match[3]) == 0:
         return [first]
     names = [part_name(match[1], i, int(match[3])) for i in range(int(match[3]))]
     return [first._replace(file=first.file.replace(first.basename, part)) for part in names]
@@ -170,7 +185,8 @@ def _list(name: str, repository: str) -> list[str]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return _ask(name, lambda: [entry.path for entry in HfApi().list_repo_tree(repository, recursive=True)])
+        files = _ask(name, lambda: [entry.path for entry in HfApi().list_repo_tree(repository, recursive=True)])
+        return [file for file in files if file.isprintable()]  # they are shown on terminals
     except _OfflineError:
         try:
             revisions = [
@@ -187,22 +203,32 @@ def _list(name: str, repository: str) -> list[str]:
         return [str(PurePosixPath(file.file_path.relative_to(revisions[0].snapshot_path))) for file in revisions[0].files]
 
 
-def _download(remote: _Remote, folder: Path) -> Path:
-    """A whole file; what does not come from the Hub is kept in a folder."""
+def _download_from_hub(remote: _Remote) -> Path:
     from huggingface_hub import hf_hub_download
+
+    with _announced(remote):
+        return Path(_ask(remote.name, lambda: hf_hub_download(remote.repository, remote.file, revision=remote.revision)))
+
+
+def _download(version: _Version, folder: Path) -> Path:
+    """A whole file that is kept in a folder."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock
 
-    if remote.repository:
-        with _announced(remote):
-            return Path(_ask(remote.name, lambda: hf_hub_download(remote.repository, remote.file, revision=remote.revision)))
-    path, partial = folder / remote.basename, folder / f"{remote.basename}.incomplete"
+    remote, size = version.remote, version.size
+    path, partial = folder / remote.local_name, folder / f"{remote.local_name}.incomplete"
 
     def get() -> None:
         with partial.open("ab") as file:
-            http_get(remote.url, file, resume_size=file.tell(), headers=_headers(remote))
+            if not version.etag or (size is not None and file.tell() > size):
+                file.truncate(file.seek(0))  # it may be of another version
+            if file.tell() != size:
+                headers = _headers(remote)
+                http_get(remote.url, file, resume_size=file.tell(), headers=headers, displayed_filename=remote.local_name)
+        if size is not None and partial.stat().st_size != size:
+            raise OSError(f"{partial.stat().st_size} of {size} bytes came")
 
-    with WeakFileLock(folder / "lock"):
+    with WeakFileLock(folder / f"{remote.local_name}.lock"):
         if not path.exists():
             with _announced(remote):
                 _ask(remote.name, get)
@@ -218,16 +244,16 @@ def _cached(remote: _Remote) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _read_header(remote: _Remote, folder: Path) -> Path:
+def _read_header(version: _Version, folder: Path) -> Path:
     """The beginning of a file, as much as its header takes."""
     from huggingface_hub.utils import WeakFileLock
 
-    path, partial = folder / "headers" / remote.basename, folder / f"{remote.basename}.header"
+    remote, size = version.remote, version.size
+    path, partial = folder / "headers" / remote.local_name, folder / f"{remote.local_name}.header"
     path.parent.mkdir(exist_ok=True)
-    with WeakFileLock(folder / "lock"), _without_bars():
+    with WeakFileLock(folder / f"{remote.local_name}.lock"), _without_bars():
         if not path.exists():
             partial.unlink(missing_ok=True)
-            size = _version(remote).size
             ends = [end if size is None else min(end, size) for end in _HEADER_BYTES]
             for first, end in zip([0, *ends], ends, strict=False):
                 with partial.open("ab") as file:
@@ -299,18 +325,37 @@ def _headers(remote: _Remote) -> dict[str, str]:
 
 
 class _Version(NamedTuple):
-    """Where one version of a file is kept that is not in the Hub's cache, and its size in bytes, if the server tells."""
+    """A version of a file outside of the Hub's cache: what tells it from others, and its size in bytes, if the server does."""
 
-    folder: Path
+    remote: _Remote
+    etag: str | None
     size: int | None
 
 
 def _version(remote: _Remote) -> _Version:
-    from huggingface_hub import cached_assets_path, get_hf_file_metadata
+    from huggingface_hub import get_hf_file_metadata
 
-    found = _ask(remote.name, lambda: get_hf_file_metadata(remote.url, token=remote.token))
-    name = hashlib.sha256(f"{remote.url} {found.etag} {found.size}".encode()).hexdigest()[:32]
-    return _Version(Path(cached_assets_path("gguf-firstlayer", remote.repository or "urls", name)), found.size)
+    url = remote.url
+    for _ in range(_REDIRECTIONS):
+        try:
+            found = _ask(remote.name, lambda url=url: get_hf_file_metadata(url, token=remote.token))  # type: ignore[misc]
+        except FirstLayerError:
+            if url == remote.url:
+                raise
+            return _Version(remote, None, None)  # an address that is only for downloads
+        if remote.repository or str(found.location) == url:
+            return _Version(remote, found.etag, found.size)
+        url = str(found.location)
+    raise FirstLayerError(f"{remote.name} leads from one address to another without end; check its name")
+
+
+def _folder(versions: list[_Version]) -> Path:
+    """Where the files of a model are kept together, those of other versions elsewhere."""
+    from huggingface_hub import cached_assets_path
+
+    told = " ".join(f"{remote.url} {etag} {size}" for remote, etag, size in versions)
+    place = versions[0].remote.repository or "urls"
+    return Path(cached_assets_path("gguf-firstlayer", place, hashlib.sha256(told.encode()).hexdigest()[:32]))
 
 
 class _OfflineError(FirstLayerError):
@@ -330,6 +375,8 @@ def _ask(name: str, call: Callable[[], T]) -> T:
             return call()
         except HFValidationError as err:
             raise UsageError(f"{name}: {err}") from err
+        except (KeyError, TypeError, RecursionError) as err:
+            raise FirstLayerError(f"{name}: the server's answer is malformed; check the name") from err
         except Exception as err:
             if not isinstance(err, OSError) and type(err).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
                 raise

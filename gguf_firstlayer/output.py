@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from gguf_firstlayer.c_api import undisturbed
 from gguf_firstlayer.errors import FirstLayerError, option
 
 try:
@@ -81,14 +82,14 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
             _sync(part)
-        with ExitStack() as undo:
+        with undisturbed(), ExitStack() as undo:
             for part in parts:
                 target = output.with_name(part.name)
                 _appear(part, target, force)
                 if not force:
                     undo.callback(target.unlink)
             undo.pop_all()
-        _sync(output.parent)
+            _sync(output.parent)
     except OSError as err:
         if err.errno == errno.EFAULT:  # a page of a mapped file is gone
             raise FirstLayerError(f"a source of {output} was truncated while it was read; nothing was written") from err

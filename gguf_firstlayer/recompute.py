@@ -18,6 +18,8 @@ from gguf_firstlayer.source import Source
 N_ROWS = 64
 # that are recomputed at once
 CHUNK = 4096
+# bytes of weights that are compared at once
+PIECE = 16 << 20
 # allowed error of a row: relative to the row, for products with 8-bit activations in other kernels, plus relative to the
 # rounding error of the recomputed row
 ROW_ERROR, ROW_ROUNDING = 0.02, 1.5
@@ -33,6 +35,27 @@ def foreign(model: Source, placed: Sequence[file_format.StoredSite], by_recipe: 
     if changed:
         return [f"{', '.join(changed)} were computed from other weights than the source has: convert it again"]
     return []
+
+
+def changed(model: Source, file: Source) -> list[str]:
+    """What of a converted file, besides its tables and what they elide, is not its source's."""
+    _, tables, elided = file_format.read(file)
+    gone, own = {weight.name for weight in elided}, {table.name for table in tables}
+    others = [name for name in model.tensors if name not in gone and not _same(model, file, name)]
+    others += [name for name in file.tensors if name not in own and name not in model.tensors]
+    others += [] if model.keys() == file.keys() else ["metadata"]
+    if not others:
+        return []
+    told = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+    return [f"{told} of the converted file differ from the source's: convert it again"]
+
+
+def _same(model: Source, file: Source, name: str) -> bool:
+    a, b = model.tensors[name], file.tensors.get(name)
+    if b is None or (a.tensor_type, a.shape.tolist()) != (b.tensor_type, b.shape.tolist()):
+        return False
+    one, other = (np.frombuffer(source.data(name), np.uint8) for source in (model, file))
+    return all(np.array_equal(one[i : i + PIECE], other[i : i + PIECE]) for i in range(0, len(one), PIECE))
 
 
 def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site], every: bool) -> tuple[int, float, list[str]]:

@@ -51,8 +51,12 @@ class _Reader(GGUFReader):
                 view, length = self.data.data, self._LENGTH.unpack_from
                 for _ in range(count):
                     end += 8 + length(view, end)[0]
-            elif count > self._LONG and kind in self.gguf_scalar_to_np:
-                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            elif kind in self.gguf_scalar_to_np:
+                begin, dtype = end, np.dtype(self.gguf_scalar_to_np[kind])
+                end += count * dtype.itemsize
+                if 0 < count <= self._LONG and end <= len(self.data):  # all in one part, which `contents` makes a list of
+                    parts = [self.data[orig_offs:begin], self.data[begin:end].view(dtype)]
+                    return end - orig_offs, parts, [1], [GGUFValueType.ARRAY, kind]
             if end > orig_offs + self._HEADER.size:
                 return end - orig_offs, [self.data[orig_offs:end]], [], [GGUFValueType.ARRAY, kind]
         return super()._get_field_parts(orig_offs, raw_type)

@@ -20,16 +20,17 @@ from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
-from gguf_firstlayer.recompute import added, check_rows, foreign
+from gguf_firstlayer.recompute import added, changed, check_rows, foreign
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
+from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, show
 
 FAILURE = 2
 
 N_TOKENS = 4096
 # tokens of a chunk of the text; its second half is scored, as in llama-perplexity
-CHUNK = 512
+CHUNK, LEAST_CHUNK = 512, 8
 
 # nats that tables may add to the mean KL divergence, if the caller does not say, nor the file something stricter
 MAX_KLD = 1e-2
@@ -165,12 +166,13 @@ def verify(
             return Verification(model.path, tables.path, problems)
         ids, begin = _text_tokens(analysis, text, tokens)
         n_rows, same, problems = check_rows(analysis, tables, by_recipe, all_rows)
+        problems += [] if file_format.is_sidecar(tables) else changed(model, tables)
         kld_of_tables = added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
     measurement = file_format.read_measurement(tables)
     stated = measurement.max_kld if measurement and measurement.max_kld > 0 else MAX_KLD
     bound = max_kld or min(stated, MAX_KLD)
-    chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
+    chunk = _chunk(model, analysis, ids)
     with Files((model,)).open(chunk, chunk) as one, files.open(chunk, chunk) as other:
         scores = Scores()
         scores.run(one, other, ids, begin, chunk)
@@ -204,11 +206,19 @@ def verify(
     )
 
 
+def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int:
+    """Tokens that are decoded together."""
+    chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
+    if chunk < LEAST_CHUNK:
+        raise FirstLayerError(f"{model.path} takes {count(chunk, 'token')} at once, which are too few to measure")
+    return chunk
+
+
 def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | None) -> Verification:
     model, files = open_cached(source, cache)
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
-    chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
+    chunk = _chunk(model, analysis, ids)
     scores, caches, problems = Scores(), list[RowCache](), list[str]()
     with Files((model,)).open(chunk, chunk) as one:
         while len(caches) < 2:
@@ -237,7 +247,7 @@ def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | Non
         raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
-    longest = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
+    longest = _chunk(model, analysis, ids)
     found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)
     if demand == EMBEDDINGS:
         pooling = pooling or own_pooling(model)

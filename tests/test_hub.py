@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,53 @@ def test_two_downloads_at_once(smollm, tmp_path):
     for done in both:
         assert done.returncode == 0, done.stderr
         assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
+
+
+def test_a_server_that_tells_no_versions(files, smollm, tmp_path):
+    """A download that breaks begins anew. Fails if the rest may come from another version."""
+    with hub(files) as server:
+        server.has_etags, server.breaks = False, [10 << 20]
+        done = asked(server, tmp_path, "inspect", f"{server.elsewhere}smollm-Q4_1.gguf", "--json")
+        assert done.returncode == 0, done.stderr
+        assert server.breaks == server.ranges == []
+        assert Path(json.loads(done.stdout)["path"]).read_bytes() == smollm.read_bytes()
+
+
+def test_an_address_that_leads_to_another_server(files, smollm, tmp_path):
+    """As those of releases do. Fails if the size and the version are taken from the answer that says where to go."""
+    with hub(files) as server:
+        name = f"{server.address}releases/smollm-Q4_1.gguf"
+        done = asked(server, tmp_path, "plan", name, "--json")
+        assert json.loads(done.stdout) == json.loads(cli("plan", smollm, "--json").stdout) | {"name": "smollm-Q4_1.gguf"}
+    for version in ("llama-Q4_K_M.gguf", "llama-Q4_K_M_firstlayer.gguf"):
+        files["llama-Q4_1.gguf"] = files[version]
+        with hub(files) as server:
+            done = asked(server, tmp_path, "inspect", f"{server.address}releases/llama-Q4_1.gguf", "--json")
+            assert Path(json.loads(done.stdout)["path"]).read_bytes() == files[version].read_bytes(), done.stderr
+
+
+def test_a_download_that_lacks_its_name_only(files, llama, tmp_path):
+    """The process was killed after the last byte. Fails if the server is asked for bytes after it, which it refuses."""
+    with hub(files) as server:
+        words = ["inspect", f"{server.elsewhere}llama-Q4_K_M.gguf", "--json"]
+        path = Path(json.loads(asked(server, tmp_path, *words).stdout)["path"])
+        path.rename(f"{path}.incomplete")
+        done = asked(server, tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+        assert path.read_bytes() == llama.read_bytes()
+        assert len(server.downloaded) == 1
+
+
+def test_answers_that_make_no_sense(files, llama, tmp_path):
+    """Of several models, those that make sense are planned. A name cannot write to the terminal."""
+    files = {"m-00001-of-00000.gguf": llama, "\x1b[2Jx.gguf": llama, "x-Q8_0.gguf": llama}
+    with hub(files) as server:
+        done = asked(server, tmp_path, "plan", "hf:user/x")
+        assert done.returncode == 0, done.stderr
+        assert "x-Q8_0" in done.stdout
+        assert not re.search(r"\x1b|Traceback|00000", done.stdout + done.stderr)
+        server.answer = b'[{"type": "file"}]'
+        assert "the server's answer is malformed" in refusal(asked(server, tmp_path, "plan", "hf:user/x"))
 
 
 def test_refusals(files, tmp_path):

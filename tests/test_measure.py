@@ -133,6 +133,25 @@ def test_verdict_does_not_rest_on_the_file(llama, tmp_path):
     assert re.search(r"of 128 rows recomputed, some differ from the tables: .* of 1 tokens, such as 77", result.problems[0])
 
 
+def test_verify_compares_what_is_no_table(llama, tmp_path):
+    """A forger leaves the tables as they are, and changes what no text shows."""
+    honest = convert(llama, tmp_path / "honest.gguf").output
+    assert verify(llama, honest).problems == []
+
+    def forge(name, data):
+        if name == "output.weight":
+            data = data.copy()
+            data[5, 7] *= 1 + 1e-6
+        return data
+
+    found = verify(llama, rewrite(honest, tmp_path / "weight.gguf", change_tensor=forge)).problems
+    assert found[0].startswith("output.weight")
+    (tmp_path / "key.gguf").write_bytes(honest.read_bytes().replace(b"tok_77", b"tok_7\n"))
+    assert verify(llama, tmp_path / "key.gguf").problems == [
+        "metadata of the converted file differ from the source's: convert it again"
+    ]
+
+
 def _without_row(name: str, data: np.ndarray, row: int) -> np.ndarray:
     if name.startswith("firstlayer"):
         data = data.copy()

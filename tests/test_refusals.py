@@ -581,6 +581,18 @@ def test_blocks_across_sites(archs, tmp_path):
     assert "whose blocks have 256 values" in load_error(path)
 
 
+def test_tables_before_the_first(llama_flp, tmp_path):
+    keys = {"firstlayer.site.table": ([-1] * 3, GGUFValueType.ARRAY, GGUFValueType.INT32)}
+    path = rewrite(llama_flp, tmp_path / "x.gguf", keys=keys)
+    for verb in ("inspect", "card"):
+        assert "keys of the file are malformed (a negative number)" in refusal(cli(verb, path))
+
+
+def test_context_of_two_tokens(llama, tmp_path):
+    path = rewrite(llama, tmp_path / "x.gguf", keys={"llama.context_length": (2, GGUFValueType.UINT32)})
+    assert "too few to measure" in refusal(cli("verify", path, "--cache"))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
 def test_weights_that_no_table_can_be_of(value, llama, tmp_path):
     """Rows that are computed of them cannot be quantized: for IQ3_S, ggml asserts that they can."""

@@ -30,6 +30,8 @@ class Hub:
         downloaded: names of the files that were sent, whole or in parts
         ranges: first and last byte of each part that was asked for
         tokens: those that were sent, by host
+        has_etags: whether files are told from other versions of them
+        answer: what is said of a repository's files, if not the truth
         meeting: where clients that ask about a file wait for one another
     """
 
@@ -41,6 +43,8 @@ class Hub:
     downloaded: list[str] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)
     tokens: dict[str, set[str | None]] = field(default_factory=dict)
+    has_etags: bool = True
+    answer: bytes | None = None
     meeting: threading.Barrier | None = None
 
     @property
@@ -80,7 +84,7 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
 
         def send(self, name: str) -> None:
             data, etag = files[name].read_bytes(), f'"{digests[name]}"'
-            status, headers = 200, {"ETag": etag, "Accept_Ranges": "bytes"}
+            status, headers = 200, {"ETag": etag, "Accept_Ranges": "bytes"} if known.has_etags else {}
             if self.command == "GET":
                 known.downloaded.append(name)
                 if (wanted := self.headers.get("Range")) is not None:
@@ -111,6 +115,8 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
             elif path.startswith("/files/"):
                 name = path.removeprefix("/files/")
                 self.send(name) if name in files else self.reply(b"", 404)
+            elif path.startswith("/releases/"):
+                self.reply(b"", 302, Location=f"{known.elsewhere}{path.removeprefix('/releases/')}")
             elif known.token is not None and sent != f"Bearer {known.token}":
                 self.reply(b"", 401, X_Error_Code="GatedRepo", X_Error_Message="gated")
             elif path.startswith("/api/models/nobody/"):
@@ -119,7 +125,7 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
                 branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
                 self.reply(json.dumps({"branches": [branch]}).encode())
             elif "/tree/" in path:
-                self.reply(json.dumps(listing).encode())
+                self.reply(json.dumps(listing).encode() if known.answer is None else known.answer)
             elif "/resolve/" in path:
                 name = path.partition("/resolve/")[2].partition("/")[2]
                 if name not in files:
