@@ -48,6 +48,7 @@ Tensor._fields_ = [
 ]
 
 messages: list[str] = []
+pools: list[int] = []  # addresses of the pools of threads that a context runs on
 
 
 @llama_cpp.llama_log_callback
@@ -451,7 +452,7 @@ def control(model, context, seed):
     assert llama_cpp.llama_set_adapter_cvec(context, data, len(vectors), width, 1, layers) == 0
 
 
-def threadpools(context, *sizes, attached=[]):  # noqa: B006 # those that are in use
+def threadpools(context, *sizes):
     """Run a context on pools of its own (llama_attach_threadpool); without sizes, no longer, and free them."""
     folder, llama = Path(os.environ["LLAMA_CPP_LIB_PATH"]), llama_cpp.llama_cpp._lib
     base, cpu = (ctypes.CDLL(str(folder / installation.library_name(name))) for name in ("ggml-base", "ggml-cpu"))
@@ -461,12 +462,12 @@ def threadpools(context, *sizes, attached=[]):  # noqa: B006 # those that are in
         for size in sizes:
             params = (ctypes.c_char * 1024)()
             base.ggml_threadpool_params_init(params, size)
-            attached.append(new(params))
-        llama.llama_attach_threadpool(ctypes.c_void_p(context), *map(ctypes.c_void_p, attached))
+            pools.append(new(params))
+        llama.llama_attach_threadpool(ctypes.c_void_p(context), *map(ctypes.c_void_p, pools))
     else:
         llama.llama_detach_threadpool(ctypes.c_void_p(context))
-        while attached:
-            free(attached.pop())
+        while pools:
+            free(pools.pop())
 
 
 def hidden_states(model, context, count):
