@@ -104,6 +104,7 @@ def test_pools_of_threads(smollm, monkeypatch):
 
     Fails if they are on the last one, which has too few threads after a control vector made llama.cpp reserve, or is gone.
     """
+    # what is preloaded makes it a new process, as glibc reads the variable only once
     for name, value in {**preloaded("failing"), "MALLOC_PERTURB_": "90"}.items():
         monkeypatch.setenv(name, value)
     tokens = [["decode", [[0], [token]]] for token in range(40, 44)]
