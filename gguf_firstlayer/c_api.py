@@ -178,7 +178,6 @@ class Library:
             "llama_firstlayer_set_cache": (None, [ctypes.c_double]),
             "llama_firstlayer_set_demand": (None, [text]),
             "llama_firstlayer_count_products": (i32, [text, i32, i32, ctypes.c_int, ctypes.POINTER(_CProducts)]),
-            "llama_model_firstlayer_get_cache": (i32, [handle, ctypes.POINTER(_CCache)]),
             "llama_firstlayer_check": (i32, [text]),
             "llama_firstlayer_eval": (i32, [handle, handle, i32, handle]),
             "llama_firstlayer_tokenize": (i32, [handle, text, i32, handle, i32]),
@@ -254,13 +253,6 @@ class Library:
         if status != 0:
             raise FirstLayerError(f"{path}: {self.error()}")
         return Products(products.all, products.read)
-
-    def row_cache(self, model: int) -> RowCache | None:
-        """The row cache of a `struct llama_model *` (`llama_model_firstlayer_get_cache`); None if it has none."""
-        data = _CCache()
-        if self.llama.llama_model_firstlayer_get_cache(model, ctypes.byref(data)) != 0:
-            return None
-        return RowCache(data.rows, data.max_rows, data.hits, data.misses, data.bytes, data.max_bytes, data.us / 1e6)
 
     def check(self, path: Path, tables: Path | None = None) -> None:
         """Let llama.cpp load a converted file without its weights (`llama_firstlayer_check`).
@@ -353,4 +345,14 @@ def sidecar_overrides(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def row_cache(model: Any) -> RowCache | None:
     """The row cache of a `llama_cpp.Llama`; None if it has none. `gguf_firstlayer.llama_cpp` must have been imported first."""
-    return library().row_cache(model.model)
+    # not through `library()`, which would take over the log from llama-cpp-python
+    return read_row_cache(ctypes.CDLL(str(paths()["libllama"])), model.model)
+
+
+def read_row_cache(llama: ctypes.CDLL, model: int | None) -> RowCache | None:
+    """The row cache of a `struct llama_model *` (`llama_model_firstlayer_get_cache`); None if it has none."""
+    get, data = llama.llama_model_firstlayer_get_cache, _CCache()
+    get.argtypes = [ctypes.c_void_p, ctypes.POINTER(_CCache)]
+    if get(model, ctypes.byref(data)) != 0:
+        return None
+    return RowCache(data.rows, data.max_rows, data.hits, data.misses, data.bytes, data.max_bytes, data.us / 1e6)

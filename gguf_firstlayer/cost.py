@@ -171,15 +171,19 @@ def _read_all(path: Path) -> tuple[CostModel, CostModel, DemandPlan]:
 
 
 def _read(for_cache: Sequence[bool], path: Path) -> list[CostModel]:
-    models = []
     with without_data(path) as whole:
         try:
-            source = Source(whole)
-            if source.get_field(file_format.KEY_VERSION) is not None:
-                raise FirstLayerError(f"{path} is already converted; plan with the original model")
-            for choice in for_cache:
-                with Analysis(whole, load_vocab=False, for_cache=choice) as analysis:
-                    models.append(of_model(source, analysis))
+            return _read_whole(for_cache, whole)
         except FirstLayerError as err:
             raise FirstLayerError(str(err).replace(str(whole.parent), str(path.parent))) from err
+
+
+def _read_whole(for_cache: Sequence[bool], path: Path) -> list[CostModel]:
+    source = Source(path)
+    if source.get_field(file_format.KEY_VERSION) is not None:
+        raise FirstLayerError(f"{path} is already converted; plan with the original model")
+    models = []
+    for choice in for_cache:
+        with Analysis(path, load_vocab=False, for_cache=choice) as analysis:
+            models.append(of_model(source, analysis))
     return models

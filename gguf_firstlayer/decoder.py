@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gguf_firstlayer.c_api import RowCache, library, undisturbed
+from gguf_firstlayer.c_api import RowCache, library, read_row_cache, undisturbed
 from gguf_firstlayer.demand import pooling_number
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Analysis
@@ -128,7 +128,7 @@ class Decoder:
     def row_cache(self) -> RowCache | None:
         """The model's row cache; None if it has none."""
         model = self._library.llama.llama_firstlayer_run_get_model(self.handle)
-        return self._library.row_cache(model)
+        return read_row_cache(self._library.llama, model)
 
     def keep(self, n: int) -> bool:
         """Forget all but the first n tokens. Returns false if the model cannot forget a part, like recurrent models."""

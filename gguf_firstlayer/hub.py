@@ -65,32 +65,44 @@ def local(name: ModelName) -> Path:
         name: a file; `hf:user/repo[:quant]`, which is understood as by `-hf` of llama.cpp; `hf:user/repo/file.gguf`; or a URL
 
     Raises:
-        FirstLayerError: there is no such model, this user may not read it, or the server cannot be reached.
+        FirstLayerError: there is no such model, this user may not read it, the server cannot be reached, or the disk refuses.
     """
     if not is_remote(name):
         return Path(name)
-    parts = _parts(str(name))
-    if parts[0].repository:
-        paths = [_download_from_hub(part) for part in parts]
+    with _keeping(name):
+        parts = _parts(str(name))
+        if parts[0].repository:
+            paths = [_download_from_hub(part) for part in parts]
+            return paths[0]
+        versions = [_version(part) for part in parts]
+        folder = _folder(versions)
+        paths = [_download(version, folder) for version in versions]
         return paths[0]
-    versions = [_version(part) for part in parts]
-    folder = _folder(versions)
-    paths = [_download(version, folder) for version in versions]
-    return paths[0]
 
 
 def header(name: ModelName) -> Path:
     """The same, but only its first megabytes are read, which hold its metadata, unless it was downloaded before."""
     if not is_remote(name):
         return Path(name)
-    parts = _parts(str(name))
-    cached = [_cached(part) for part in parts]
-    if all(cached):
-        return Path(str(cached[0]))
-    versions = [_version(part) for part in parts]
-    folder = _folder(versions)
-    paths = [_read_header(version, folder) for version in versions]
-    return paths[0]
+    with _keeping(name):
+        parts = _parts(str(name))
+        cached = [_cached(part) for part in parts]
+        if all(cached):
+            return Path(str(cached[0]))
+        versions = [_version(part) for part in parts]
+        folder = _folder(versions)
+        paths = [_read_header(version, folder) for version in versions]
+        return paths[0]
+
+
+@contextmanager
+def _keeping(name: ModelName) -> Iterator[None]:
+    """Say what is wrong with the folder of downloads, about which huggingface_hub has errors of these two kinds."""
+    try:
+        yield
+    except (OSError, ValueError) as err:
+        told = f"{err.filename}: {err.strerror}" if isinstance(err, OSError) and err.filename else str(err)
+        raise FirstLayerError(f"{name} cannot be kept ({told}); set HF_HOME to a folder on a disk with room") from err
 
 
 def models(name: str) -> list[str]:
@@ -98,7 +110,8 @@ def models(name: str) -> list[str]:
     match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
     if not match or match[2] or match[3]:
         return [name]
-    return [f"{HUB}{match[1]}/{file}" for file in models_among(_list(name, match[1]))]
+    with _keeping(name):
+        return [f"{HUB}{match[1]}/{file}" for file in models_among(_list(name, match[1]))]
 
 
 def models_among(files: list[str]) -> list[str]:
@@ -382,7 +395,7 @@ def _ask(name: str, call: Callable[[], T]) -> T:
                 raise
             reason = err.__cause__ if isinstance(err, LocalEntryNotFoundError) and err.__cause__ else err
             if isinstance(reason, OfflineModeIsEnabled):
-                raise _OfflineError(f"{name} was not downloaded before, and HF_HUB_OFFLINE is set") from err
+                raise _OfflineError(f"{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set") from err
             response = getattr(reason, "response", None)
             status = response.status_code if response is not None else None
             if isinstance(reason, OSError) and reason.errno and not isinstance(reason, HfHubHTTPError | ConnectionError):

@@ -84,10 +84,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             _sync(part)
         with undisturbed(), ExitStack() as undo:
             for part in parts:
-                target = output.with_name(part.name)
-                _appear(part, target, force)
-                if not force:
-                    undo.callback(target.unlink)
+                _appear(part, output.with_name(part.name), force, undo)
             undo.pop_all()
             _sync(output.parent)
     except OSError as err:
@@ -100,9 +97,16 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             os.close(lock)
 
 
-def _appear(part: Path, target: Path, force: bool) -> None:
+def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:
     """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile."""
     if force:
+        old = part.with_name(f"{part.name}.old")
+        with suppress(OSError, NotImplementedError):  # a file system without links: what is replaced cannot be kept
+            if os.path.lexists(target):
+                os.link(target, old, follow_symlinks=False)
+                undo.callback(old.replace, target)
+            else:
+                undo.callback(target.unlink, missing_ok=True)
         part.replace(target)
         return
     try:
@@ -113,6 +117,7 @@ def _appear(part: Path, target: Path, force: bool) -> None:
         if os.path.lexists(target):
             raise _exists(target) from None
         part.rename(target)
+    undo.callback(target.unlink)
 
 
 def _make_folder(output: Path) -> tuple[Path, int | None]:

@@ -68,16 +68,7 @@ def revert(
             if size < part.stat().st_size:
                 raise FirstLayerError(f"the firstlayer keys of {tables.path} are malformed; get the original model again")
             os.truncate(part, size)
-        restored = Source(parts[0])
-        with ExitStack() as stack:
-            files = {part: stack.enter_context(part.open("r+b")) for part in restored.paths}
-            for name, tensor in restored.tensors.items():
-                holder = tables if name in tables.tensors else donor
-                if holder is None or name not in holder.tensors or holder.tensors[name].n_bytes != tensor.n_bytes:
-                    raise FirstLayerError(f"{(holder or tables).path} does not hold weight {name} as {tables.path} needs it")
-                part, offset, _size = restored.place(name)
-                files[part].seek(offset)
-                files[part].write(holder.data(name))
+        _write_weights(Source(parts[0]), tables, donor)
         sha256 = Source(parts[0]).sha256()
         if sha256 != origin.sha256:
             donated = f", or {donor.path} is another model" if donor else ""
@@ -110,6 +101,19 @@ def _check(tables: Source, donor: Source | None, output: Path, force: bool) -> f
         raise FirstLayerError(f"the firstlayer keys of {tables.path} are malformed; get the original model again")
     check(output, [path for model in (tables, donor) if model for path in model.paths], force, parts=len(origin.sizes) > 1)
     return origin
+
+
+def _write_weights(restored: Source, tables: Source, donor: Source | None) -> None:
+    """Write the weights of a source whose headers are there. Afterwards, nothing maps it: Windows would not move it."""
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(part.open("r+b")) for part in restored.paths}
+        for name, tensor in restored.tensors.items():
+            holder = tables if name in tables.tensors else donor
+            if holder is None or name not in holder.tensors or holder.tensors[name].n_bytes != tensor.n_bytes:
+                raise FirstLayerError(f"{(holder or tables).path} does not hold weight {name} as {tables.path} needs it")
+            part, offset, _size = restored.place(name)
+            files[part].seek(offset)
+            files[part].write(holder.data(name))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,10 +78,11 @@ def read_growth(max_growth: str | float | None, source_bytes: int) -> Growth:
     if max_growth is None:
         return Growth(None, math.inf)
     match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([%KMG]?)", str(max_growth).strip())
-    if match is None:
-        raise UsageError(f"'{max_growth}' is not a growth; give one like 5%, 500M or 2G, or a number of bytes")
     factors = {"": 1.0, "%": source_bytes / 100, "K": 1e3, "M": 1e6, "G": 1e9}
-    return Growth(max_growth, float(match[1]) * factors[match[2]])
+    growth = float(match[1]) * factors[match[2]] if match else math.nan
+    if not math.isfinite(growth):
+        raise UsageError(f"'{max_growth}' is not a growth; give one like 5%, 500M or 2G, or a number of bytes")
+    return Growth(max_growth, growth)
 
 
 def within(growth: Growth, model: CostModel, site_types: SiteTypes, keep_weights: bool) -> tuple[list[Site], list[SitePlan]]:
@@ -90,9 +91,10 @@ def within(growth: Growth, model: CostModel, site_types: SiteTypes, keep_weights
     Raises:
         FirstLayerError: none fits.
     """
-    # at least what the keys of a converted file take
+    # at least what the keys of a converted file take, with the infos of the source's tensors
     metadata = sum(len(site.recipe) + len(site.name) + 256 for site in model.sites)
     metadata += sum(len(name) + 128 for name in model.elidable) + 4096
+    metadata += sum(len(name.encode()) + 8 * len(weight.shape) + 24 for name, weight in model.weights.items())
     chosen, left_out, least = select(model, site_types, growth.bytes - metadata, keep_weights)
     if not chosen:
         needed = least + metadata

@@ -42,6 +42,8 @@ class Shape:
     expert_used_count: int = 1
 
     def __post_init__(self) -> None:
+        if any(value < 1 for value in dataclasses.astuple(self) if not isinstance(value, bool)):
+            raise UsageError("the numbers of a shape must be positive")
         if self.embedding_length % self.head_count or self.feed_forward_matrices not in (2, 3):
             raise UsageError("head_count must divide embedding_length, and feed_forward_matrices must be 2 or 3")
         if not 1 <= self.expert_used_count <= self.expert_count:

@@ -112,7 +112,8 @@ def without_data(path: Path) -> Iterator[Path]:
     if all(part.stat().st_size >= extent.file for part, extent in extents.items()):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    # on Windows, what is still mapped after an error cannot be removed
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for part, extent in extents.items():
             try:
                 with part.open("rb") as source, (Path(folder) / part.name).open("wb") as copy:
@@ -129,7 +130,8 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    # the last one, unlike the time of modification, cannot be set back
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def part_name(stem: str, i: int, count: int) -> str:

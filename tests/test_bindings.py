@@ -74,6 +74,25 @@ for overrides in (None, {"firstlayer.cache": 1}, {"firstlayer.cache": 0.5}, {"fi
     assert lines[1::2] == ["None", "(273, True, True)", "(136, True, True)", "(4096, True, True)"]
 
 
+def test_log_after_row_cache(smollm):
+    """llama-cpp-python goes on to log. Fails if the package takes over its callback to ask for the cache."""
+    code = """
+import gguf_firstlayer, sys
+import gguf_firstlayer.llama_cpp as llama_cpp
+lines = []
+callback = llama_cpp.llama_log_callback(lambda level, text, _: lines.append(text))
+llama_cpp.llama_log_set(callback, None)
+for _ in range(2):
+    lines.clear()
+    llama = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_gpu_layers=0, verbose=False)
+    gguf_firstlayer.row_cache(llama)
+    print(any(b"general.architecture" in line for line in lines))
+"""
+    done = python(code, smollm)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_demand(smollm):
     """An override of the model: the same text, and embeddings without logits."""
     code = """

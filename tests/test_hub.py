@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,7 +119,26 @@ def test_convert(files, llama, tmp_path):
     assert offline.returncode == 0, offline.stderr
     assert not json.loads(offline.stdout)["converted"]
     assert "it has llama-Q4_K_M.gguf" in refusal(asked(server, tmp_path, "inspect", "hf:user/x:Q4_1", HF_HUB_OFFLINE="1"))
-    assert "not downloaded before" in refusal(asked(server, tmp_path, "inspect", "hf:user/y", HF_HUB_OFFLINE="1"))
+    assert "is not in the Hub's cache" in refusal(asked(server, tmp_path, "inspect", "hf:user/y", HF_HUB_OFFLINE="1"))
+
+
+def test_no_folder_for_downloads(llama, tmp_path):
+    """A sentence from Python, too, whichever part of huggingface_hub meets it. Fails with its own errors."""
+    home = tmp_path / "file"
+    home.touch()
+    code = """
+import gguf_firstlayer, sys
+try:
+    gguf_firstlayer.inspect(sys.argv[1])
+except gguf_firstlayer.FirstLayerError as err:
+    print(err)
+"""
+    with hub({"x-Q4_1.gguf": llama}) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.address.rstrip("/"), "HF_HOME": str(home)}
+        for name in ("hf:user/x", f"{server.address}files/x-Q4_1.gguf"):
+            done = subprocess.run([sys.executable, "-c", code, name], env=environment, cwd=ROOT, capture_output=True, text=True)
+            assert "cannot be kept" in done.stdout, done.stderr
+            assert "set HF_HOME" in refusal(asked(server, home, "plan", name))
 
 
 def test_a_split_model(files, archs, tmp_path):

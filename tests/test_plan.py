@@ -21,6 +21,7 @@ from support.models import convert
 from gguf_firstlayer import FirstLayerError, Shape, plan
 from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.device import GATHER, LAYER, LOOKUP
+from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.estimate import estimate
 from gguf_firstlayer.file_format import TYPES
 from gguf_firstlayer.runtime import Analysis
@@ -94,6 +95,13 @@ def test_experts_that_a_token_uses():
     per_token = 32 * (attention + 2 * 3 * 4096 * 14336) + 32000 * 4096 + 4096
     assert result.decode_bytes_without == 2 * per_token
     assert result.parameters == 32 * (attention + 8 * 3 * 4096 * 14336) + 2 * 32000 * 4096
+
+
+@pytest.mark.parametrize("name", ["head_count", "vocab_size", "expert_used_count"])
+def test_shapes_of_nothing(name):
+    good = {"vocab_size": 9, "embedding_length": 8, "block_count": 1, "head_count": 2, "head_count_kv": 2}
+    with pytest.raises(UsageError, match="must be positive"):
+        Shape(**(good | {"feed_forward_length": 8, name: 0}))
 
 
 def test_plan_of_auto(smollm):
@@ -250,7 +258,8 @@ def test_max_growth(smollm, tmp_path):
     assert all(np.array_equal(stock[size], ours[size]) for size in (1, 32))
 
     assert "no table of" in refusal(cli("convert", smollm, "-o", tmp_path / "y.gguf", "--type", "f32", "--max-growth", "1%"))
-    assert "is not a growth" in refusal(cli("convert", smollm, "-o", tmp_path / "y.gguf", "--max-growth", "much"))
+    for growth in ("much", "1e400", "-1e400"):
+        assert "is not a growth" in refusal(cli("convert", smollm, "-o", tmp_path / "y.gguf", f"--max-growth={growth}"))
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf"}
 
 
@@ -277,6 +286,7 @@ def test_growth_that_is_too_small(growth, smollm, tmp_path):
     assert cli(*arguments, needed - 1).returncode == 1
     done = cli(*arguments, needed)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.gguf").stat().st_size - smollm.stat().st_size <= needed
 
 
 def test_growth_is_announced(smollm, tmp_path):

@@ -135,7 +135,25 @@ def test_output_appears_meanwhile(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["x.gguf", parts[0], "z.gguf"]
 
 
-@pytest.mark.parametrize("how", ["replaced", "written", "grown", "removed", "truncated"])
+def test_old_parts_come_back(tmp_path):
+    """If the first part, which comes last, cannot be written. Fails if the second one stays, of another model."""
+    names = [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    first, second, _third = names
+
+    def write() -> None:
+        with replacing(tmp_path / "x.gguf", force=True) as temporary:
+            for name in names:
+                temporary.with_name(name).write_text("ours")
+
+    (tmp_path / first).mkdir()
+    (tmp_path / second).write_text("precious")
+    with pytest.raises(FirstLayerError, match="cannot be written"):
+        write()
+    assert sorted(os.listdir(tmp_path)) == [first, second]
+    assert (tmp_path / second).read_text() == "precious"
+
+
+@pytest.mark.parametrize("how", ["replaced", "written", "written, with its old time", "grown", "removed", "truncated"])
 def test_source_changes(how, smollm, tmp_path, monkeypatch):
     """While it is read: the output would be of neither model."""
     source = Path(shutil.copy(smollm, tmp_path / "x.gguf"))
@@ -152,9 +170,12 @@ def test_source_changes(how, smollm, tmp_path, monkeypatch):
         elif how == "truncated":
             os.truncate(source, source.stat().st_size - 4096)
         else:
-            with source.open("r+b" if how == "written" else "ab") as file:
+            before = source.stat()
+            with source.open("ab" if how == "grown" else "r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
+            if how == "written, with its old time":
+                os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
         return result
 
     monkeypatch.setattr(Analysis, "rows", change)
