@@ -1,4 +1,4 @@
-"""First-layer precompute for GGUF models (arXiv 2402.13388): tables instead of layer 0's first matrix products."""
+"""llama.cpp without the work that need not be done: tables or a cache for the first layer (arXiv 2402.13388), and demand."""
 
 import gguf_firstlayer.start  # noqa: F401 (first: it prepares the process for the other imports)
 from gguf_firstlayer.bench import Bench, bench

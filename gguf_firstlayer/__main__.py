@@ -27,9 +27,9 @@ VERBS = {
     "convert": "gguf-firstlayer convert model.gguf",
     "verify": "gguf-firstlayer verify model.gguf model-flp.gguf --text wiki.test.raw",
     "bench": "gguf-firstlayer bench model.gguf model-flp.gguf --batch 1,512 --context 0,4096",
-    "revert": "gguf-firstlayer revert model-flp.gguf -o model.gguf",
+    "revert": "gguf-firstlayer revert model-flp.gguf --source model.gguf -o back.gguf",
     "inspect": "gguf-firstlayer inspect model-flp.gguf",
-    "card": "gguf-firstlayer card model-flp.gguf --base-model user/repo > README.md",
+    "card": "gguf-firstlayer card model-flp.gguf --base-model user/repo > card.md",
     "run": "gguf-firstlayer run main -m model-flp.gguf -p Hello",
     "paths": "gguf-firstlayer paths --json",
 }

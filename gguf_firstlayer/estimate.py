@@ -90,7 +90,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion would gain and cost. Sizes are in bytes unless stated otherwise.
+    """What tables, a row cache and demand would gain and cost. Sizes are in bytes unless stated otherwise.
 
     Attributes:
         name, architecture: of the model

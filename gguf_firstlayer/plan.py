@@ -1,4 +1,4 @@
-"""`plan`: what a conversion would gain and cost, from the metadata of models or from a published shape."""
+"""`plan`: what tables, a row cache and demand would gain and cost, from the metadata of models or from a published shape."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(
     keep_weights: bool = False,
     device: str | None = None,
 ) -> Plan:
-    """What a conversion would gain and cost.
+    """What tables, a row cache and demand would gain and cost.
 
     Args:
         model: a GGUF file, of a split model the first part; what `hub.local` takes, of which only the header is read; or

@@ -341,7 +341,8 @@ def summary(result: Verification) -> str:
         ]
     lines = [
         *origin,
-        f"{result.scored} {'prompts' if result.demand else 'tokens'} scored, of {result.tokens}"
+        f"{result.scored // max(1, len(result.caches))} {'prompts' if result.demand else 'tokens'} scored"
+        f"{' with each' if result.caches else ''}, of {result.tokens}"
         f"{' tokens' if result.demand else ''} of {'the built-in sample' if result.sample else 'the text'}",
         f"logits: the same bit for bit for {result.logits_same:.2%} of them; max difference {result.logit_max:.3g},"
         f" RMS {result.logit_rms:.3g}",

@@ -72,9 +72,10 @@ def test_study_is_drawn_from_its_figures():
 
 
 def test_readme_commands_exist():
-    """Every verb and option that the README shows exists."""
+    """Every verb and option that the README and the page of commands show exists."""
     helps = {verb: cli(verb, "--help").stdout for verb in VERBS}
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs" / "commands.md").read_text()
+    lines = [line for line in pages.splitlines() if line.startswith("    ")]
     shown = 0
     for line in lines:
         for program in ("gguf-firstlayer ", "python -m gguf_firstlayer "):
@@ -106,7 +107,7 @@ def called(program: str, *words: object, **options: Any) -> subprocess.Completed
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_nothing_is_imported_from_the_working_directory(program, llama, llama_flp, tmp_path):
-    """A downloaded model may come with any files that its author likes."""
+    """A downloaded model may come with any files that its author likes: Python's modules, and backends of ggml."""
     for name in [
         "numpy",
         "tqdm",
@@ -124,6 +125,11 @@ def test_nothing_is_imported_from_the_working_directory(program, llama, llama_fl
         "logging",
     ]:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    library = tmp_path / "x.c"
+    code = f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{tmp_path}/executed", "w"); }}'
+    library.write_text(code)
+    for name in ("libggml-cpu-x.so", "libggml-cuda.so"):
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / name, library], check=True)
     model = tmp_path / "x.gguf"
     model.symlink_to(llama)
     arguments = {
@@ -134,7 +140,7 @@ def test_nothing_is_imported_from_the_working_directory(program, llama, llama_fl
         "bench": [model, llama_flp, "--batch", 1],
         "revert": [llama_flp, "--source", model, "-o", tmp_path / "back.gguf"],
         "card": [llama_flp, "--base-model", "user/repo"],
-        "run": ["main", "--version"],
+        "run": ["main", "--list-devices"],
         "paths": [],
     }
     assert set(arguments) == set(VERBS)

@@ -10,7 +10,7 @@
 
 static const size_t MIB = 1024 * 1024;
 
-// what `auto` takes: rows for the distinct tokens of some 30,000 tokens of text, unless that is much of the model's own size
+// what `auto` takes: rows for the distinct tokens of some 35,000 to 57,000 tokens of text, unless that is much of the model's own size
 static const int64_t AUTO_ROWS     = 4096;
 static const size_t  AUTO_SHARE    = 32;
 static const size_t  AUTO_AT_LEAST = 16 * MIB;

@@ -2,8 +2,8 @@
 
 #include "llama.h"
 
-// First-layer precompute: for every token of the vocabulary, tables in the GGUF hold what the first layer computes before
-// position enters. It is looked up at run time. ref: https://arxiv.org/abs/2402.13388
+// First-layer precompute: what the first layer computes before position enters is looked up, in tables that hold it for every token
+// of the vocabulary, or in a cache of the tokens that were seen. ref: https://arxiv.org/abs/2402.13388
 
 #ifdef __cplusplus
 extern "C" {
