@@ -105,7 +105,8 @@ class Bench:
     Attributes:
         source, converted: files
         cache: of the source with a row cache instead of a converted file: how it was used in the last load; None otherwise
-        demand, pooling: as given; the pooling that was chosen, None for logits
+        demand: what is read, as given
+        pooling: of the vectors, as given or chosen; None for logits
         threads: number of threads of each model
         pinned: whether each thread stayed on a processor of its own
         cells: by batch size and context

@@ -26,7 +26,7 @@ class DemandPlan:
     """What computing only what is read would save of all products, attention included: ratios of multiply-adds.
 
     Attributes:
-        prompt: for a prompt of N_TOKENS tokens, of which only the last one's logits are read; None for a model without logits
+        prompt: for a prompt of 512 tokens, of which only the last one's logits are read; None for a model without logits
         embedding: for the embedding of such a text, without logits; None where llama.cpp cannot embed with the model
         pooling: of this embedding: the model's own, or "last"
     """

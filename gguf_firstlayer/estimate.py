@@ -105,9 +105,9 @@ class Plan:
         reads: reads per batch, by batch size
         table_bytes: size of the tables, by type; where a type's blocks do not fit, with the type used instead
         file_change: change in the size of the file
-        resident_change: change in the memory that is touched, with the rows that a text of TEXT_TOKENS tokens reads
+        resident_change: change in the memory that is touched, with the rows that a text of 16,384 tokens reads
         accelerator_change: change in the memory of a device that holds all layers; lookup tables stay on the host
-        decode_bytes_without, decode_bytes_with: bytes read of all weights for one token
+        decode_bytes_without, decode_bytes_with: bytes read of all weights for one token, without tables and with them
         decode_bound: their ratio, the highest possible speed-up of decoding if it is bound by reading weights
         prefill_bound: ratio of the multiplications with weights, in a batch of several hundred tokens
         cache: what a row cache would gain instead; None where a model has no site

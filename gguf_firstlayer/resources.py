@@ -40,7 +40,8 @@ class Resources:
         tables: bytes of the tables
         tables_mapped: of these, bytes in pages that the process touched, or that Linux mapped along with them
         rows_touched: bytes of the rows that were looked up
-        load_cold, load: seconds to load it with an empty page cache (None where it cannot be emptied) and with a warm one
+        load_cold: seconds to load it with an empty page cache; None where it cannot be emptied
+        load: the same with a warm one
         first_token_cold, first_token: seconds from the start of loading to the logits of the first token, likewise
     """
 

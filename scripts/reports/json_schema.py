@@ -31,7 +31,7 @@ def meanings(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.+(?:\n {8}.+)*)", section, re.MULTILINE):
         for name in names.split(", "):
-            found[name] = re.sub(r"\s+", " ", text)
+            found[name] = re.sub(r"\bNone\b", "null", re.sub(r"\s+", " ", text))
     return found
 
 
