@@ -117,6 +117,31 @@ def test_pools_of_threads(smollm, monkeypatch):
     assert same(stock, ours)
 
 
+def test_a_context_without_weights(smollm):
+    """It can be attached to pools of threads, and has no backend for them. Fails if that is asked for its device."""
+    steps = [["threads", 1, 1], ["threads"], ["resident"]]
+    assert len(session(smollm, PATCHED, steps, load={"vocab_only": True})) == 1
+
+
+def test_tokens_are_counted_once(smollm):
+    """Fails if those of a batch count again when its graph turns out to be built anew, as the KV cache has grown."""
+    texts = [["decode", [[0], {"count": 256, "seed": seed}]] for seed in (1, 2)]
+    *_, counts = session(smollm, PATCHED, [*texts, ["cache"]], load={"cache": 16})
+    assert sum(counts) == 512
+
+
+def test_a_prompt_leaves_its_rows(smollm):
+    """Fails if the rows of a graph that will not run again, one without outputs, cannot be replaced."""
+    prompt = ["decode", [[0], {"count": 50, "seed": 1}, 0]]
+    tokens = [["decode", [[0], [token]]] for token in range(100, 160)]
+    *_, before, after = (
+        found
+        for found in session(smollm, PATCHED, [prompt, *tokens, ["cache"], *tokens, ["cache"]], load={"cache_rows": 100})
+        if found.shape == (2,)
+    )
+    assert list(after - before) == [60, 0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 def test_no_memory_for_rows(smollm, monkeypatch):
     """A batch whose rows cannot be computed is computed as usual, and its tokens are not taken for cached ones.

@@ -16,7 +16,7 @@ from support.builds import PATCHED, STOCK, run, session
 from support.command_line import cli, refusal, run_tool, tool
 from support.hub import hub
 from support.models import convert, rewrite
-from support.servers import serve
+from support.servers import prompt, serve, server
 
 from gguf_firstlayer import FirstLayerError, bench, inspect, sidecar_overrides, verify
 
@@ -222,6 +222,21 @@ def test_from_the_hub(tag, smollm, sidecar, tmp_path):
     without = run_tool("llama-completion", *options, "--offline", "--firstlayer", "", env=environment)
     assert first.stdout == again.stdout == without.stdout
     assert [TABLES in done.stderr for done in (first, again, without)] == [True, True, False]
+
+
+@pytest.mark.parametrize("options", [[], ["--demand", "rows"]], ids=["", "with another override"])
+def test_a_server_from_the_hub(options, smollm, sidecar, tmp_path, monkeypatch):
+    """It downloads after its overrides were closed. Fails if the sidecar's comes after that, or ends the process."""
+    with hub({"SmolLM2-Q4_1_firstlayer.gguf": sidecar, "SmolLM2-Q4_1.gguf": smollm}) as files:
+        for name, value in {"HF_ENDPOINT": files.address, "LLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        texts, logs = [], []
+        for i, more in enumerate([options, [*options, "--firstlayer", ""]]):
+            with server("user/SmolLM2:Q4_1", *more, log_path=tmp_path / f"log{i}") as post:
+                texts.append(post(*prompt("Once upon a time"))["content"])
+            logs.append((tmp_path / f"log{i}").read_text())
+    assert texts[0] == texts[1] != ""
+    assert [TABLES in log for log in logs] == [True, False]
 
 
 def test_long_path(smollm, sidecar, tmp_path):

@@ -61,6 +61,7 @@ llama_firstlayer_cache::llama_firstlayer_cache(ggml_backend_dev_t layer_dev,
         throw std::runtime_error(format("cannot allocate %zu bytes", ggml_nbytes(rows)));
     }
     ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    slots.reserve(n_slots);
 
     const std::lock_guard<std::mutex> lock(all_mutex);
     all.insert(this);
@@ -128,7 +129,7 @@ void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
     std::vector<llama_token> tokens;
     std::vector<int32_t>     places;
     for (int32_t i = 0; i < std::min<int32_t>({ n_slots, (int32_t) slot_of.size(), N_TRIED }); ++i) {
-        tokens.push_back(i);
+        tokens.push_back(i * (slot_of.size() / N_TRIED));
         places.push_back(i);
     }
     const auto rows_of = [&](size_t i) {
@@ -141,16 +142,11 @@ void llama_firstlayer_cache::keep_equal_sizes(const llm_graph_params & params) {
         return res;
     };
 
-    // the largest that is not mostly padding
-    size_t reference = templates.size() - 1;
-    while (reference > 0 && templates[reference].slots->ne[0] > N_TRIED) {
-        reference--;
-    }
-    if (reference == 0) {
+    if (templates.size() == 1) {
         return;
     }
-    const auto expected = rows_of(reference);
-    for (size_t i = reference; i-- > 0;) {
+    const auto expected = rows_of(templates.size() - 1);
+    for (size_t i = templates.size() - 1; i-- > 0;) {
         if (rows_of(i) != expected) {
             templates.erase(templates.begin() + i);
         }
@@ -193,9 +189,16 @@ void llama_firstlayer_cache::unpin(std::vector<int32_t> & taken) {
     taken.clear();
 }
 
-void llama_firstlayer_cache::release(std::vector<int32_t> & taken) {
+void llama_firstlayer_cache::release(llama_firstlayer_fill & fill) {
     const std::lock_guard<std::mutex> lock(mutex);
-    unpin(taken);
+    unpin(fill.taken);
+}
+
+void llama_firstlayer_cache::count(llama_firstlayer_fill & fill) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    n_hits += std::max<int64_t>(0, fill.taken.size() - fill.n_missing);
+    n_misses += fill.n_missing;
+    fill.n_missing = 0;
 }
 
 // the next slot that was not used for a while; there must be one that is not pinned
@@ -216,16 +219,17 @@ int32_t llama_firstlayer_cache::take_slot() {
     }
 }
 
-bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
-                                     const llama_token *     tokens,
-                                     uint32_t                n_tokens,
-                                     std::vector<int32_t> &  taken) {
+bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill, const llama_token * tokens, uint32_t n_tokens) {
     const std::lock_guard<std::mutex> lock(mutex);
+
+    std::vector<int32_t> & taken = fill.taken;
     unpin(taken);
 
     // first those that are there, so that they are not evicted
     std::vector<llama_token> missing;
+    std::vector<int32_t>     slots_missing;
     missing.reserve(n_tokens);  // nothing may fail while tokens are marked
+    slots_missing.reserve(n_tokens);
     taken.resize(n_tokens);
     for (uint32_t i = 0; i < n_tokens; ++i) {
         int32_t & known = slot_of[tokens[i]];
@@ -241,8 +245,6 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
     const bool fits = (int64_t) missing.size() <= n_slots - n_pinned;
 
     if (fits && !missing.empty()) {
-        std::vector<int32_t> slots_missing;
-        slots_missing.reserve(missing.size());
         for (const llama_token token : missing) {
             const int32_t i = take_slot();
             slots[i].token  = token;
@@ -267,13 +269,11 @@ bool llama_firstlayer_cache::acquire(llama_firstlayer_fill & fill,
 
         unpin(slots_missing);
         if (ok) {
-            n_hits += n_tokens - missing.size();
-            n_misses += missing.size();
+            fill.n_missing += missing.size();
             return true;
         }
     }
     if (missing.empty()) {
-        n_hits += n_tokens;
         return true;
     }
 
@@ -310,13 +310,20 @@ struct llm_graph_input_firstlayer_slots : llm_graph_input_i {
         backend(backend) {}
 
     ~llm_graph_input_firstlayer_slots() override {
-        wait();
-        cache.release(taken);
+        if (fill && fill->reader == this) {
+            wait();
+            cache.release(*fill);
+        }
     }
 
+    // instead of those that another graph of the context may have, since only the last one that ran is used again
     bool acquire(const llama_ubatch & ubatch) {
+        if (!fill || !ubatch.token) {
+            return false;
+        }
         wait();
-        return fill && ubatch.token && cache.acquire(*fill, ubatch.token, ubatch.n_tokens, taken);
+        fill->reader = this;
+        return cache.acquire(*fill, ubatch.token, ubatch.n_tokens);
     }
 
     bool can_reuse(const llm_graph_params & params) override {
@@ -325,7 +332,8 @@ struct llm_graph_input_firstlayer_slots : llm_graph_input_i {
 
     void set_input(const llama_ubatch *) override {
         if (slots) {
-            ggml_backend_tensor_set(slots, taken.data(), 0, ggml_nbytes(slots));
+            ggml_backend_tensor_set(slots, fill->taken.data(), 0, ggml_nbytes(slots));
+            cache.count(*fill);
         }
     }
 
@@ -334,7 +342,7 @@ struct llm_graph_input_firstlayer_slots : llm_graph_input_i {
   private:
     // a device may still be reading the rows of the last batch
     void wait() const {
-        if (backend && !taken.empty()) {
+        if (backend && !fill->taken.empty()) {
             ggml_backend_synchronize(backend);
         }
     }
@@ -342,7 +350,6 @@ struct llm_graph_input_firstlayer_slots : llm_graph_input_i {
     llama_firstlayer_cache &               cache;
     std::shared_ptr<llama_firstlayer_fill> fill;
     ggml_backend_t                         backend;  // of the rows, nullptr for the CPU
-    std::vector<int32_t>                   taken;
 };
 
 bool llama_firstlayer_cache::is_other_graph(const llama_model & model, const llm_graph_params & params) {

@@ -52,13 +52,13 @@ struct llama_firstlayer_cache {
     // whether the weights that rows are computed from change, as in training
     bool is_trained() const;
 
-    // Take slots for the tokens of a batch, one for each of them, and compute the rows that are missing. Nothing overwrites
-    // the slots until they are released. False, and no slots, if that cannot be done.
-    bool acquire(llama_firstlayer_fill & fill,
-                 const llama_token *     tokens,
-                 uint32_t                n_tokens,
-                 std::vector<int32_t> &  slots);
-    void release(std::vector<int32_t> & slots);
+    // Take slots for the tokens of a batch instead of those of the last one, one for each of them, and compute the rows that are
+    // missing. Nothing overwrites the slots until they are released. False, and no slots, if that cannot be done.
+    bool acquire(llama_firstlayer_fill & fill, const llama_token * tokens, uint32_t n_tokens);
+    void release(llama_firstlayer_fill & fill);
+
+    // Count the tokens of a batch that reads the slots taken.
+    void count(llama_firstlayer_fill & fill);
 
     llama_firstlayer_cache_data get_data() const;
 

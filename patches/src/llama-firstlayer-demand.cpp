@@ -292,6 +292,19 @@ size_t llama_firstlayer_demand::kind() const {
     return std::hash<std::string>()(text);
 }
 
+bool llama_firstlayer_demand::has_room(size_t n_leafs) const {
+    const size_t n_new  = n_leafs + N_SELECT * selected.size() + 1;
+    const size_t n_free = (ggml_get_mem_size(ctx) - ggml_used_mem(ctx)) / ggml_tensor_overhead();
+
+    tensor_set leafs;
+    for (const ggml_tensor * t : nodes) {
+        std::copy_if(std::begin(t->src), std::end(t->src), std::inserter(leafs, leafs.end()),
+                     [](const ggml_tensor * src) { return src && src->op == GGML_OP_NONE; });
+    }
+    const size_t n_all = nodes.size() + leafs.size() + params.res->inputs.size() + n_new;
+    return n_new <= n_free && n_all <= (size_t) params.res->get_max_nodes();
+}
+
 bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
     if (!index && !drops_logits()) {
         return false;
@@ -302,8 +315,7 @@ bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
         return false;
     }
     const size_t n_leafs = kinds.n_leafs(kind());
-    const size_t n_free  = (ggml_get_mem_size(ctx) - ggml_used_mem(ctx)) / ggml_tensor_overhead();
-    if (n_leafs == 0 || n_free < n_leafs + N_SELECT * selected.size() + 1) {
+    if (n_leafs == 0 || !has_room(n_leafs)) {
         return false;
     }
     for (ggml_tensor * t : nodes) {

@@ -72,6 +72,9 @@ struct llama_firstlayer_demand {
 
     bool is_worth_it() const;
 
+    // whether the context's tensors, and its scheduler, have room for these leafs and for what is selected
+    bool has_room(size_t n_leafs) const;
+
     bool drops_logits() const { return !has_readers.empty(); }
 
     bool is_output(const ggml_tensor * t) const { return (t->flags & GGML_TENSOR_FLAG_OUTPUT) && !dropped.count(t); }

@@ -3,6 +3,7 @@
 #include "ggml-cpu.h"
 #include "llama-firstlayer.h"
 #include "llama-graph.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -60,6 +61,14 @@ llama_firstlayer_fill_graph llama_firstlayer_fill_graph::copy(const std::vector<
     return res;
 }
 
+static void clear_threadpool(ggml_backend_t cpu) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    if (auto * set_threadpool = (decltype(ggml_backend_cpu_set_threadpool) *) ggml_backend_reg_get_proc_address(
+            reg, "ggml_backend_cpu_set_threadpool")) {
+        set_threadpool(cpu, nullptr);
+    }
+}
+
 llama_firstlayer_fill::llama_firstlayer_fill(const llama_firstlayer_fill_graph * templates,
                                              size_t                              n_templates,
                                              const llm_graph_params &            params) {
@@ -89,16 +98,14 @@ llama_firstlayer_fill::llama_firstlayer_fill(const llama_firstlayer_fill_graph *
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
     if (auto * set_n_threads =
             (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
-        llama_firstlayer::forget_threadpool(cpu);
+        clear_threadpool(cpu);
         set_n_threads(cpu, params.cparams.n_threads_batch);
     }
 }
 
-void llama_firstlayer::forget_threadpool(ggml_backend_t cpu) {
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
-    if (auto * set_threadpool = (decltype(ggml_backend_cpu_set_threadpool) *) ggml_backend_reg_get_proc_address(
-            reg, "ggml_backend_cpu_set_threadpool")) {
-        set_threadpool(cpu, nullptr);
+void llama_firstlayer::forget_threadpool(const llama_model & model, ggml_backend_t cpu) {
+    if (model.firstlayer && model.firstlayer->cache) {
+        clear_threadpool(cpu);
     }
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 struct llm_graph_params;
+class llm_graph_input_i;
 
 // A copy of t and of what it is computed from, except for weights and the rows of a cache. copies: those of earlier calls
 ggml_tensor * llama_firstlayer_copy(ggml_context *                                           ctx,
@@ -29,7 +30,8 @@ struct llama_firstlayer_fill_graph {
                                             size_t                             n_tensors);
 };
 
-// The fill graphs of a context, on its backends: rows come from the kernels and the threads that its own graphs run with.
+// The fill graphs of a context, on its backends: rows come from the kernels and the threads that its own graphs run with. And the
+// slots of the batch that it is about to compute, or computes.
 struct llama_firstlayer_fill {
     // templates: smallest first. Throws std::runtime_error if there is no memory
     llama_firstlayer_fill(const llama_firstlayer_fill_graph * templates,
@@ -38,6 +40,10 @@ struct llama_firstlayer_fill {
 
     // Compute the row of each token into its slot. padding: the first slot of those that hold nothing
     bool compute(const std::vector<llama_token> & tokens, const std::vector<int32_t> & slots, int32_t padding);
+
+    std::vector<int32_t>      taken;                // one for each token
+    size_t                    n_missing = 0;        // of these, rows that were computed for it
+    const llm_graph_input_i * reader    = nullptr;  // of the graph that reads them
 
   private:
     struct graph : llama_firstlayer_fill_graph {

@@ -14,11 +14,12 @@
 inline void llama_firstlayer_override(common_params & params, const std::string & key, const std::string & value) {
     static constexpr size_t N_BYTES = sizeof(llama_model_kv_override::val_str) - 1;
 
-    auto &     all     = params.kv_overrides;
-    const auto is_part = [&](const llama_model_kv_override & cur) {
-        return std::string(cur.key).rfind(key, 0) == 0;
+    auto &     all    = params.kv_overrides;
+    const auto is_old = [&](const llama_model_kv_override & cur) {
+        return cur.key[0] == 0 ||
+               std::string(cur.key).rfind(key, 0) == 0;  // the end of the list, or a part of this one
     };
-    all.erase(std::remove_if(all.begin(), all.end(), is_part), all.end());
+    all.erase(std::remove_if(all.begin(), all.end(), is_old), all.end());
 
     for (size_t i = 0; i == 0 || i * N_BYTES < value.size(); ++i) {
         llama_model_kv_override part = {};
@@ -83,5 +84,6 @@ inline void llama_firstlayer_use_sidecar(common_params & params) {
     const auto   sidecar  = llama_firstlayer_sidecar(params.model.path);
     if (!params.model.hf_repo.empty() && !is_named && std::filesystem::exists(std::filesystem::u8path(sidecar))) {
         llama_firstlayer_override(params, "firstlayer.file", sidecar);
+        params.kv_overrides.emplace_back();  // its end: a server downloads after the list was closed
     }
 }

@@ -309,7 +309,7 @@ void llama_firstlayer::leave_out(const llama_model & model, const llm_graph_para
     if (cparams.cb_eval || cparams.training) {
         return;
     }
-    // llama_context makes a buffer for the logits of such a model in any case
+    // of such models, T5 has a buffer for its logits in any case
     const bool              both        = llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
     const bool              with_logits = both || !drops_logits(cparams.embeddings, !params.samplers.empty());
     llama_firstlayer_demand demand(params, with_logits);

@@ -335,8 +335,9 @@ struct llama_firstlayer {
     // std::runtime_error.
     void use_constants(const llama_model & model, int64_t n_tokens);
 
-    // rows are computed before llama.cpp sets the pool of threads for a batch, so on the last one's, which may be gone by then
-    static void forget_threadpool(ggml_backend_t cpu);
+    // rows of a cache are computed before llama.cpp sets the pool of threads for a batch, so on the last one's, which may be
+    // gone by then
+    static void forget_threadpool(const llama_model & model, ggml_backend_t cpu);
 
     // whether a graph is only built to reserve memory for batches of its kind
     static bool is_reserve(const llama_ubatch & ubatch);

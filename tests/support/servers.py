@@ -67,13 +67,18 @@ def whole(log: TextIO) -> str:
 
 
 @contextmanager
-def server(model: Path, *options: object) -> Iterator[Post]:
+def server(model: Path | str, *options: object, log_path: Path | None = None) -> Iterator[Post]:
     """A function that sends requests to a server: the body is sent as JSON, the answer returned likewise.
 
     After the requests, the server's log must say that it used what its model has on request.
+
+    Args:
+        model: a file, or a name on the Hub
+        log_path: where its log stays
     """
     port = free_port()
-    command = [PATCHED / "llama-server", "-m", model, "--port", port, "-t", 1, "--no-webui", *options]
+    named = "-m" if isinstance(model, Path) else "-hf"
+    command = [PATCHED / "llama-server", named, model, "--port", port, "-t", 1, "--no-webui", *options]
     command += load_options([model, *options])
 
     def post(path: str, body: Any = None) -> Any:
@@ -86,7 +91,7 @@ def server(model: Path, *options: object) -> Iterator[Post]:
             raise AssertionError(err.read().decode()) from err
         return json.loads(text) if text.startswith(("{", "[")) else text
 
-    with tempfile.TemporaryFile("a+", errors="replace") as log:  # both sides share one position
+    with log_path.open("a+") if log_path else tempfile.TemporaryFile("a+", errors="replace") as log:  # both share one position
         with serving(command, lambda: post("/health"), (AssertionError, OSError), stdout=log, stderr=log):
             yield post
             deadline = time.monotonic() + 10  # it is written by a thread of its own
