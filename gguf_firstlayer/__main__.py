@@ -72,7 +72,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
-    Caller.is_command_line = True
+    Caller.is_command_line, Caller.written = True, None
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored in a background job, or under nohup
             signal.signal(number, _interrupt)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     except FirstLayerError as err:
         return _fail(str(err), failure)
     except KeyboardInterrupt:
-        return _fail(f"interrupted{interrupted}", failure)
+        return _fail(f"interrupted, {Caller.written} is complete" if Caller.written else f"interrupted{interrupted}", failure)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe
         return failure

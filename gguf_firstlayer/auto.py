@@ -27,8 +27,9 @@ SiteTypes = dict[Site, GGMLQuantizationType]
 SAMPLE = Path(__file__).with_name("sample.txt")
 N_TOKENS = 512
 
-# Codebook types are left out: they are designed for importance matrices, and quantizing to them is slow
-CANDIDATES = [kind for name, kind in file_format.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3"))]
+# Codebook types are left out: they are designed for importance matrices, and quantizing to them is slow. So is Q1_0,
+# which gguf-py cannot read
+CANDIDATES = [kind for name, kind in file_format.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3", "q1_0"))]
 
 # KL divergence grows with the square of a small error; the model's own noise does not. So errors are enlarged before they
 # are measured, which separates them from the noise.
@@ -258,7 +259,7 @@ def types(sites: Sequence[Site]) -> tuple[SiteTypes, SiteTypes, SiteTypes]:
     return (
         {site: file_format.fitting(GGMLQuantizationType.Q8_0, site.width) for site in sites},
         {
-            site: min(site_types, key=lambda kind: file_format.Table("", kind, site.width, 1).row_bytes)
+            site: min(site_types, key=lambda kind: file_format.Table("", kind, file_format.padded(site.width), 1).row_bytes)
             for site, site_types in fitting.items()
         },
         dict.fromkeys(sites, GGMLQuantizationType.F32),

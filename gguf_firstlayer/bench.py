@@ -25,7 +25,7 @@ from gguf_firstlayer.estimate import bound
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
-from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import NO_CACHE, Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
 from gguf_firstlayer.runtime import Analysis, Site
@@ -58,6 +58,8 @@ F32 = GGMLQuantizationType.F32
 CELL_SECONDS = 16.0
 
 MAX_TOKENS = 1 << 20
+
+MAX_THREADS = 1024
 
 
 UNKNOWN, FASTER, SLOWER = "no significant difference", "faster", "slower"
@@ -174,20 +176,26 @@ def bench(
     """
     check_demand(demand, pooling)
     embeds = demand == EMBEDDINGS
-    batches = batches or (TEXTS if embeds else BATCHES)
+    # each once: what is measured twice would count as more loads
+    batches = list(dict.fromkeys((TEXTS if embeds else BATCHES) if batches is None else batches))
+    contexts = list(dict.fromkeys(contexts))
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
             raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
-    if not contexts or min(batches) < 1:
+    if not contexts or not batches or min(batches) < 1:
         raise UsageError("a batch needs at least one token")
+    if not 0 <= threads <= MAX_THREADS:
+        raise UsageError(f"{threads} is not a valid number of threads; give one between 1 and {MAX_THREADS}")
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"nothing can be measured in {seconds} seconds")
     if embeds and any(contexts):
-        raise UsageError(f"an embedded text has no {option('context')} before it; leave it out")
+        raise UsageError("an embedded text has no context before it; leave it out")
     if converted is not None and cache is not None:
         raise UsageError(f"give a converted file or {option('cache')}, not both")
     if converted is None and cache is None and demand is None:
         raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
     if converted is None and limit:
-        raise UsageError(f"{option('limit')} needs a converted file, whose tables it replaces with constants")
+        raise UsageError("the ceiling needs a converted file, whose tables constants replace")
     if loads < 2:
         raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
     if converted is not None:
@@ -229,6 +237,8 @@ def bench(
                     for kind in rng.sample(kinds_of_run, len(kinds_of_run))
                 }
                 runs = [opened[kind] for kind in kinds_of_run]
+                if cache is not None and runs[1].row_cache() is None:
+                    raise FirstLayerError(NO_CACHE.format(model.path))
                 pinned = stack.enter_context(pinning(runs[0], n_threads)) and pinned
                 if files.cache and not random_tokens:
                     for first in range(0, len(tokens), n_batch):
@@ -399,8 +409,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `bench` from the command line."""
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise UsageError(f"{args.threads} is not a valid number of threads; give one between 1 and 1024")
+    if args.threads == 0:
+        raise UsageError(f"0 is not a valid number of threads; give one between 1 and {MAX_THREADS}")
     if args.plot:
         pyplot_module()
         args.plot.mkdir(parents=True, exist_ok=True)

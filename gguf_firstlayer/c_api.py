@@ -344,13 +344,18 @@ def sidecar_overrides(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def row_cache(model: Any) -> RowCache | None:
-    """The row cache of a `llama_cpp.Llama`; None if it has none. `gguf_firstlayer.llama_cpp` must have been imported first."""
+    """The row cache of a `llama_cpp.Llama`; None if it has none, or is closed.
+
+    `gguf_firstlayer.llama_cpp` must have been imported first.
+    """
     # not through `library()`, which would take over the log from llama-cpp-python
     return read_row_cache(ctypes.CDLL(str(paths()["libllama"])), model.model)
 
 
 def read_row_cache(llama: ctypes.CDLL, model: int | None) -> RowCache | None:
     """The row cache of a `struct llama_model *` (`llama_model_firstlayer_get_cache`); None if it has none."""
+    if not model:
+        return None
     get, data = llama.llama_model_firstlayer_get_cache, _CCache()
     get.argtypes = [ctypes.c_void_p, ctypes.POINTER(_CCache)]
     if get(model, ctypes.byref(data)) != 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
@@ -111,8 +112,8 @@ def _effect(measured: file_format.Measurement | None, types: str) -> list[str]:
         return [
             f"Measured when it was converted, over {measured.tokens:,} tokens: a mean KL divergence of {measured.kld:.1e} nats"
             f" from the source, of which {measured.kld_tables:.1e} ± {measured.kld_tables_error:.1e} from the tables; the most"
-            f" probable token is the same for {measured.top1:.1%} of them; perplexity {measured.perplexity_source:.3f} ->"
-            f" {measured.perplexity:.3f}."
+            f" probable token is the same for {measured.top1:.1%} of them; perplexity {measured.perplexity_source:.3f}"
+            f" without the tables, {measured.perplexity:.3f} with them."
         ]
     if types == "f32":
         return ["The tables are not rounded. `gguf-firstlayer verify` compares it with its source."]
@@ -123,14 +124,11 @@ def _usage(file: Source, is_sidecar: bool) -> list[str]:
     """How to run it."""
     if not is_sidecar:
         return ["```sh", f"gguf-firstlayer run server -m {file.path.name}", "```"]
-    source = f"{file.path.stem.removesuffix('_firstlayer')}.gguf"
-    return [
-        f"It needs its source, `{source}`. `-hf` takes both if they are in one repository.",
-        "",
-        "```sh",
-        f"gguf-firstlayer run server -m {source} --firstlayer {file.path.name}",
-        "```",
-    ]
+    source, told = "SOURCE.gguf", "It needs its source, of a split model the first part."
+    if file.path.stem.endswith("_firstlayer"):
+        told += " `-hf` takes both if they are in one repository, where this one is named after the other."
+        source = f"{file.path.stem.removesuffix('_firstlayer')}.gguf"
+    return [told, "", "```sh", f"gguf-firstlayer run server -m {source} --firstlayer {file.path.name}", "```"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,5 +139,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `card` from the command line."""
-    print(card(args.path, base_model=args.base_model), end="")
+    sys.stdout.buffer.write(card(args.path, base_model=args.base_model).encode())  # a file, whatever the terminal's encoding
     return 0

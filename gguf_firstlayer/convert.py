@@ -145,7 +145,7 @@ def convert(
         sidecar=sidecar,
         decode_bound=expected.decode_bound,
         prefill_bound=expected.prefill_bound,
-        devices=[device_plan(costs, selection.types, device) for device in PROFILES.values()],
+        devices=[device_plan(costs, selection.types, device, keep_weights) for device in PROFILES.values()],
     )
 
 
@@ -185,8 +185,6 @@ def _prepare(
     growth = read_growth(max_growth, model.bytes)
     if model.get_field(file_format.KEY_VERSION) is not None:
         raise FirstLayerError(f"{model.path} is already converted; convert the original model")
-    if not model.tensors:
-        raise FirstLayerError(f"{model.path} holds only a vocabulary and no weights; give a model with weights")
     default = f"{model.stem}_firstlayer.gguf" if sidecar else f"{model.stem}-flp.gguf"
     path = model.path.with_name(default) if output is None else Path(output)
     check(path, model.paths, force, parts=split_max_size is not None)
@@ -285,7 +283,7 @@ def summary(result: Conversion) -> str:
         *auto.describe(types, result.measurement, result.unmeasured),
         f"file: {files}",
         f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
-        *([f"slower in decoding {on_gpu}"] if slowest.decode < 1 else []),
+        *([f"slower in decoding {on_gpu}"] if round(slowest.decode, 3) < 1 else []),
         f"wrote {result.output}",
         f'run it: {shlex.join(map(str, command))} -p "..."',
     ]

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gguf_firstlayer import file_format
 from gguf_firstlayer.c_api import RowCache, library, read_row_cache, undisturbed
 from gguf_firstlayer.demand import pooling_number
 from gguf_firstlayer.errors import FirstLayerError
@@ -166,7 +167,7 @@ class InMemoryDecoder(Decoder):
 
     def __init__(self, path: Path, analysis: Analysis, n_ctx: int) -> None:
         super().__init__(path, n_ctx, min(128, held(BATCH_BYTES, analysis.n_vocab)), _rows_of=analysis)
-        columns = sum(-(-site.width // 4) * 4 for site in analysis.sites)
+        columns = sum(file_format.padded(site.width) for site in analysis.sites)
         self.rows: npt.NDArray[np.float32] = np.ctypeslib.as_array(
             self._library.llama.llama_firstlayer_run_rows(self.handle), (self.n_vocab, columns)
         )

@@ -121,8 +121,8 @@ class _Rows:
         return LOOKUP + n_bytes / rate + n_bytes / device.bus
 
 
-def device_plan(model: CostModel, site_types: SiteTypes, device: Device) -> DevicePlan:
-    """The plan for the sites that have a type in `site_types`."""
+def device_plan(model: CostModel, site_types: SiteTypes, device: Device, keep_weights: bool = False) -> DevicePlan:
+    """The plan for the sites that have a type in `site_types`; weights that are kept stay on the device."""
     sites = [site for site in model.sites if site in site_types]
     tables, _ = file_format.layout(sites, site_types, model.n_vocab)
     gone = model.replaced(sites)
@@ -149,6 +149,7 @@ def device_plan(model: CostModel, site_types: SiteTypes, device: Device) -> Devi
     def ratio(n_tokens: int) -> float:
         return seconds(stock, n_tokens, False) / seconds(ours, n_tokens, True)
 
+    unread = [] if keep_weights else model.unread(sites)
     read = sum(model.bytes_read(use) for use in model.uses if not use.is_lookup)
     return DevicePlan(
         device.name,
@@ -156,7 +157,7 @@ def device_plan(model: CostModel, site_types: SiteTypes, device: Device) -> Devi
         sum(lookup.gathered for lookup in ours),
         read,
         read - sum(model.bytes_read(use) for use in gone if not use.is_lookup),
-        sum(model.weights[name].bytes for name in model.unread(sites) if name not in {use.weight for use in lookups}),
+        sum(model.weights[name].bytes for name in unread if name not in {use.weight for use in lookups}),
         ratio(1) if sites else 1.0,
         ratio(N_TOKENS) if sites else 1.0,
     )

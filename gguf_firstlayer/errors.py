@@ -22,13 +22,18 @@ class Caller:
 
     is_command_line = False
 
+    # the last file that appeared under its name
+    written: Path | None = None
+
 
 def option(name: str, value: object = None) -> str:
     """An argument of a verb as the caller spells it: `--type` and `--max-growth 5%`, or `type=...` and `max_growth='5%'`."""
     if not Caller.is_command_line:
         return f"{name}={'...' if value is None else repr(value)}"
     spelled = "-o" if name == "output" else f"--{name.replace('_', '-')}"
-    return spelled if value is None or value is True else f"{spelled} {value}"
+    if value is None or value is True:
+        return spelled
+    return f"{spelled}{'=' if str(value).startswith('-') else ' '}{value}"
 
 
 def program() -> list[str]:

@@ -25,6 +25,9 @@ TEXT_TOKENS = 16384
 CACHE_TOKENS = (512, 4096, 32768)
 PROMPT_TOKENS = 512
 
+# what the size `auto` of a row cache is: llama-firstlayer-cache-load.cpp
+AUTO_ROWS, AUTO_SHARE, AUTO_AT_LEAST = 4096, 32, 16 << 20
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -75,8 +78,9 @@ class CachePlan:
         decode_bytes: bytes read of all weights and rows for one token whose row is cached
         decode_bound: highest possible speed-up of decoding, once rows are cached
         prefill_warm: ratio of the multiplications with weights in a prompt whose rows are all cached
-        prefill_cold: the same for a prompt of PROMPT_TOKENS tokens of text of which none is
-        memory: bytes of the rows after a text, by its number of tokens
+        prefill_cold: the same for a prompt of 512 tokens of text of which none is
+        memory: bytes of the rows after a text, by its number of tokens, if there is room for all
+        auto_bytes: what the size `auto` has room for
     """
 
     sites: list[str]
@@ -86,6 +90,7 @@ class CachePlan:
     prefill_warm: float
     prefill_cold: float
     memory: dict[int, int]
+    auto_bytes: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Plan:
         name, architecture: of the model
         parameters: values of all its weights
         file_bytes: size of its files
-        blocker: why there is nothing to precompute; the attributes below are then empty or 0
+        blocker: why there is nothing to precompute; there are no sites then
         sites: with their prices
         weights_eliminated: number of elided weights
         values_eliminated: their values, without vectors and lookup tables, as the paper counts them
@@ -242,6 +247,7 @@ def cached(model: CostModel) -> CachePlan | None:
         products / (products - gone),
         products / (products - gone * (1 - min(1.0, new))),
         {n: round(min(model.n_vocab, distinct_tokens(n, model.n_vocab)) * row_bytes) for n in CACHE_TOKENS},
+        min(AUTO_ROWS * row_bytes, max(model.bytes // AUTO_SHARE, AUTO_AT_LEAST)),
     )
 
 

@@ -34,6 +34,7 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
 
     Raises:
         FirstLayerError: the function raises it, or llama.cpp aborts.
+        OSError, MemoryError: likewise.
     """
     code = _CHILD.format(path=imported_from(), folder=str(Path(__file__).resolve().parent))
     child = subprocess.run(
@@ -43,13 +44,17 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # on an abort, ggml would start a debugger, which would hold up the child
     )
     if child.returncode != 0:
-        lines = child.stderr.decode(errors="replace").splitlines()
+        lines = child.stderr.decode(errors="replace").splitlines() or [""]
         if child.returncode == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
             raise FirstLayerError(f"{path}: {UNREADABLE}")
+        if child.returncode == -getattr(signal, "SIGKILL", 0):
+            raise FirstLayerError(f"{path}: the system stopped llama.cpp, perhaps for want of memory; close other programs")
+        if any(line.startswith("Traceback") for line in lines):
+            raise FirstLayerError(f"{path} cannot be analysed ({lines[-1]}); please report this")
         asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
         raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
     result = pickle.loads(child.stdout)
-    if isinstance(result, FirstLayerError):
+    if isinstance(result, Exception):
         raise result
     return cast(T, result)
 
@@ -57,8 +62,10 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
 def serve() -> None:
     """The child's side of `isolated`."""
     Caller.is_command_line, function, path = pickle.load(sys.stdin.buffer)
-    try:
-        result = function(path)
-    except FirstLayerError as err:
-        result = err
-    pickle.dump(result, sys.stdout.buffer)
+    with os.fdopen(os.dup(1), "wb") as answer:
+        os.dup2(2, 1)  # whatever libraries print is no part of the answer
+        try:
+            result = function(path)
+        except (FirstLayerError, OSError, MemoryError) as err:
+            result = err
+        pickle.dump(result, answer)

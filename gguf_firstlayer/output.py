@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gguf_firstlayer.c_api import undisturbed
-from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.errors import Caller, FirstLayerError, option
 
 try:
     import fcntl
@@ -42,6 +42,8 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
     """
     if output.is_dir() or not output.parent.is_dir():
         raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise FirstLayerError(f"{output} cannot be written: nothing can be written to its folder")
     pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
     for path in sorted(output.parent.glob(pattern)) if parts else [output]:
         # a link itself is replaced, not its target; so even a dangling link counts as existing
@@ -86,6 +88,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             for part in parts:
                 _appear(part, output.with_name(part.name), force, undo)
             undo.pop_all()
+            Caller.written = output.with_name(parts[-1].name)
             _sync(output.parent)
     except OSError as err:
         if err.errno == errno.EFAULT:  # a page of a mapped file is gone

@@ -16,6 +16,8 @@ from gguf_firstlayer.source import Source
 # a row cache of the size that the model chooses, and the largest in MiB
 AUTO, MAX_CACHE = -1.0, float(1 << 20)
 
+NO_CACHE = "{} has no row cache of this size: it would not hold a row, or plan says why there is none"
+
 
 class Files(NamedTuple):
     """What llama.cpp runs.
@@ -101,7 +103,7 @@ def parse_cache(text: str) -> float:
         size = AUTO if text == "auto" else float(text)
     except ValueError:
         size = math.nan
-    if not (size == AUTO or 0 < size <= MAX_CACHE):
+    if not (text == "auto" or 0 < size <= MAX_CACHE):
         raise UsageError(f"'{text}' is not the size of a cache; give a number of MiB, or auto")
     return size
 

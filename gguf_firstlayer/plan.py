@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ def plan(
         estimate(shape, site_types, batches, keep_weights),
         cache=cached(for_cache),
         demand=demand,
-        device=device_plan(shape, site_types, where) if where else None,
+        device=device_plan(shape, site_types, where, keep_weights) if where else None,
     )
 
 
@@ -87,7 +88,7 @@ class Plans:
     refused: dict[str, str]
 
 
-def plan_all(names: Sequence[ModelName], *, type: str = "q8_0", device: str | None = None) -> Plans:
+def plan_all(names: ModelName | Sequence[ModelName], *, type: str = "q8_0", device: str | None = None) -> Plans:
     """Plan several models, each as `plan` does.
 
     Args:
@@ -99,7 +100,7 @@ def plan_all(names: Sequence[ModelName], *, type: str = "q8_0", device: str | No
         UsageError: the type is unknown.
         FirstLayerError: a repository cannot be listed, or none of the models can be planned.
     """
-    names = _expand(names)
+    names = _expand([names] if isinstance(names, str | os.PathLike) else names)
     plans: list[Plan] = []
     refused: dict[str, str] = {}
     with progress("planning", len(names), "model") as bar:
@@ -171,11 +172,13 @@ def text(result: Plan) -> str:
         )
     if result.cache:
         memory = ", ".join(f"{size_text(n_bytes)} after {n:,}" for n, n_bytes in result.cache.memory.items())
+        limit = f"; auto keeps {size_text(result.cache.auto_bytes)}"
         lines += [
             "",
             f"row cache: decoding {result.cache.decode_bound:.4f}x at best, prefill {result.cache.prefill_warm:.4f}x,"
             f" or {result.cache.prefill_cold:.4f}x for the first {PROMPT_TOKENS} tokens",
-            f"    memory for rows of {size_text(result.cache.row_bytes)}: {memory} tokens of text",
+            f"    memory for rows of {size_text(result.cache.row_bytes)}: {memory} tokens of text"
+            f"{limit if result.cache.auto_bytes < max(result.cache.memory.values()) else ''}",
             _advice(result),
         ]
     if result.device:
@@ -227,7 +230,7 @@ def _device(result: DevicePlan) -> list[str]:
     """What tables change on a device."""
     slower = " Tables make it slower there: use the source." if max(result.decode, result.prefill) < 1 else ""
     return [
-        f"{result.device}, with all layers: decoding {result.decode:.4f}x, a prompt of {PROMPT_TOKENS} tokens"
+        f"{result.device}, with all layers: decoding {result.decode:.4f}x, a prompt of {N_TOKENS} tokens"
         f" {result.prefill:.4f}x.{slower}",
         f"    per token, {size_text(result.bus_without)} to the device become {size_text(result.bus_with)}, and"
         f" {size_text(result.memory_without)} of its memory {size_text(result.memory_with)};",
@@ -297,6 +300,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--csv is for plans of files, and without --json")
     names = _expand(args.paths)
     if args.csv or len(names) > 1 or names != args.paths:
+        if args.batch is not BATCHES:
+            raise UsageError("--batch is for the plan of one model")
         plans = plan_all(names, type=args.type, device=args.device)
         if args.json:
             print(to_json(plans))

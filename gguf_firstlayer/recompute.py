@@ -58,7 +58,7 @@ def _same(model: Source, file: Source, name: str) -> bool:
     return all(np.array_equal(one[i : i + PIECE], other[i : i + PIECE]) for i in range(0, len(one), PIECE))
 
 
-def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site], every: bool) -> tuple[int, float, list[str]]:
+def check_rows(analysis: Analysis, file: Source, every: bool) -> tuple[int, float, list[str]]:
     """Recompute all rows, or some at random: which ones, nobody who made the file can know.
 
     Returns:
@@ -69,7 +69,7 @@ def check_rows(analysis: Analysis, file: Source, by_recipe: dict[str, Site], eve
     same, wrong = 0, dict[str, npt.NDArray[np.int64]]()
     placed, tables, _ = file_format.read(file)
     for chunk in chunks:
-        identical, differ = _check_rows(analysis, file, placed, tables, by_recipe, chunk)
+        identical, differ = _check_rows(analysis, file, placed, tables, chunk)
         same += identical
         for name, some in differ.items():
             wrong[name] = np.append(wrong.get(name, some[:0]), some)
@@ -85,7 +85,6 @@ def _check_rows(
     file: Source,
     placed: Sequence[file_format.StoredSite],
     tables: Sequence[file_format.Table],
-    by_recipe: dict[str, Site],
     tokens: npt.NDArray[np.int64],
 ) -> tuple[int, dict[str, npt.NDArray[np.int64]]]:
     """The number of rows that are the same bit for bit, and for sites that differ, the tokens for which they do."""

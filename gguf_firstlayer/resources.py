@@ -16,7 +16,7 @@ from gguf_firstlayer import file_format
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.pair import Files
+from gguf_firstlayer.pair import Files, context_length
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 from gguf_firstlayer.timing import Tokens, forget
@@ -116,15 +116,16 @@ def _load(n_threads: int, options: dict[str, Any], tokens: Tokens, path: Path) -
         return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
     library()  # loaded beforehand, as it is not part of loading the model
+    n_prompt = max(1, min(PROMPT, context_length(Source(path)) - GENERATED - 1))
     before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
-    with Decoder(path, PROMPT + GENERATED + 1, PROMPT, n_threads, **options) as run:
+    with Decoder(path, n_prompt + GENERATED + 1, n_prompt, n_threads, **options) as run:
         loaded = time.perf_counter()
         run.time(tokens[:1], 1)
         first_token = time.perf_counter()
         read = bytes_read() - read
         run.keep(0)
-        run.time(tokens[:PROMPT], PROMPT)
+        run.time(tokens[:n_prompt], n_prompt)
         run.time(tokens[PROMPT:], 1)
         after, usage_after = status(), resource.getrusage(resource.RUSAGE_SELF)
         file = Source(options["tables"] or path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 
@@ -36,4 +37,6 @@ def main(args: argparse.Namespace) -> int:
     command = [str(path), *options]
     if sys.platform == "win32":  # it has no exec that the shell would wait for
         return subprocess.call(command)
+    for name in ("SIGPIPE", "SIGXFSZ"):  # which Python ignores, and the tool would, too
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     os.execv(path, command)

@@ -168,7 +168,10 @@ class Analysis:
         Raises:
             FirstLayerError: an id is out of range, memory runs out, or a value is not finite.
         """
-        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        wide = np.asarray(tokens, dtype=np.int64)
+        if len(wide) and not 0 <= wide.min() <= wide.max() < self.n_vocab:
+            raise FirstLayerError(f"token ids are from 0 to {self.n_vocab - 1}")
+        ids = np.ascontiguousarray(wide, dtype=np.int32)
         out = np.empty((len(ids), sum(site.width for site in self.sites)), dtype=np.float32)
         with undisturbed():
             status = self._library.llama.llama_firstlayer_eval(self.handle, ids.ctypes.data, len(ids), out.ctypes.data)
@@ -218,10 +221,12 @@ def analyse(path: Path, device: str | None = None) -> Analysis:
 
 def _check_server(device: str) -> None:
     """Refuse an RPC server that does not answer, for which llama.cpp would abort."""
-    host, _, port = device.rpartition(":")
-    if not host:
+    if ":" not in device:
         return
+    host, _, port = device.rpartition(":")
     try:
+        if not host:
+            raise ValueError("it has no host")
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError) as err:
         raise FirstLayerError(f"there is no device '{device}': no RPC server answers ({err})") from err

@@ -103,8 +103,9 @@ def within(growth: Growth, model: CostModel, site_types: SiteTypes, keep_weights
             raise FirstLayerError(
                 f"no table of {model.name} saves anything within {option('max_growth', growth.asked)}: {prices}"
             )
+        percent = math.ceil(1e4 * needed / model.bytes) / 100  # no less, so that it is enough
         raise FirstLayerError(
             f"no table of {model.name} fits into {option('max_growth', growth.asked)}, which is"
-            f" {count(round(growth.bytes), 'byte')}; the least is {needed:,}, or {needed / model.bytes:.2%}: {prices}"
+            f" {count(round(growth.bytes), 'byte')}; the least is {needed:,}, or {percent:.2f}%: {prices}"
         )
     return chosen, left_out

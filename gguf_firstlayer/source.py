@@ -130,8 +130,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:
         return None
-    # the last one, unlike the time of modification, cannot be set back
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def part_name(stem: str, i: int, count: int) -> str:
@@ -159,7 +158,7 @@ class Source:
 
     Raises:
         FirstLayerError: a file cannot be read, is not GGUF, is malformed or truncated, or has the other byte order; or it is
-            not the first part, or another part is missing.
+            not the first part, or another part is missing; or it holds no model.
     """
 
     PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -190,6 +189,10 @@ class Source:
 
         self.architecture = str(self.value("general.architecture") or "unknown")
         self.bytes = sum(int(reader.data.nbytes) for reader in self.parts)
+        if (kind := self.value("general.type")) in ("adapter", "mmproj", "imatrix"):
+            raise FirstLayerError(f"{path} is no model, but has the type '{kind}'; give the model that it belongs to")
+        if not self.tensors:
+            raise FirstLayerError(f"{path} holds only a vocabulary and no weights; give a model with weights")
 
     def check_unchanged(self) -> None:
         """Raises FirstLayerError if a file was replaced or written to since it was opened."""

@@ -27,8 +27,10 @@ log = logging.getLogger("gguf_firstlayer")
 
 def size_text(n: float) -> str:
     """A number of bytes with a suitable unit."""
+    if 0 < abs(n) < 1024:
+        return f"{n:.0f} byte{'' if round(n) == 1 else 's'}"
     for power, unit in ((30, "GiB"), (20, "MiB")):
-        if abs(n) >= 2**power:
+        if abs(n) >= 2**power * (1 - 2**-14):  # what is rounded to one
             return f"{n / 2**power:.{2 if power == 30 else 1}f} {unit}"
     return f"{n / 2**10:.1f} KiB"
 

@@ -19,7 +19,7 @@ from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_deman
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.pair import Files, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import NO_CACHE, Files, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.recompute import added, changed, check_rows, foreign
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
@@ -85,35 +85,35 @@ class Verification:
     converted: Path
     problems: list[str]
     rows_checked: int = 0
-    rows_same: float = 0.0
+    rows_same: float = math.nan
     sample: bool = False
     tokens: int = 0
     scored: int = 0
-    logit_max: float = 0.0
-    logit_rms: float = 0.0
-    kld: float = 0.0
-    kld_error: float = 0.0
-    kld_median: float = 0.0
-    kld_p99: float = 0.0
-    kld_max: float = 0.0
-    kld_floor: float = 0.0
-    kld_added: float = 0.0
-    kld_added_error: float = 0.0
-    kld_bound: float = 0.0
-    top1: float = 0.0
-    perplexity_source: float = 0.0
-    perplexity: float = 0.0
-    perplexity_change: float = 0.0
-    perplexity_change_error: float = 0.0
+    logit_max: float = math.nan
+    logit_rms: float = math.nan
+    kld: float = math.nan
+    kld_error: float = math.nan
+    kld_median: float = math.nan
+    kld_p99: float = math.nan
+    kld_max: float = math.nan
+    kld_floor: float = math.nan
+    kld_added: float = math.nan
+    kld_added_error: float = math.nan
+    kld_bound: float = math.nan
+    top1: float = math.nan
+    perplexity_source: float = math.nan
+    perplexity: float = math.nan
+    perplexity_change: float = math.nan
+    perplexity_change_error: float = math.nan
     greedy: tuple[int | None, ...] = ()
     greedy_tokens: int = 0
-    logits_same: float = 0.0
+    logits_same: float = math.nan
     caches: tuple[RowCache, ...] = ()
     demand: str | None = None
     pooling: str = ""
-    cosine: float = 0.0
-    cosine_min: float = 0.0
-    embedding_max: float = 0.0
+    cosine: float = math.nan
+    cosine_min: float = math.nan
+    embedding_max: float = math.nan
 
 
 def verify(
@@ -153,6 +153,8 @@ def verify(
     check_demand(demand, pooling)
     if sum(choice is not None for choice in (converted, cache, demand)) != 1:
         raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
+    if converted is None and (all_rows or max_kld is not None):
+        raise UsageError(f"{option('all_rows' if all_rows else 'max_kld')} is for converted files")
     if demand is not None:
         return _verify_demand(local(source), demand, pooling, text, tokens)
     if converted is None:
@@ -165,7 +167,7 @@ def verify(
         if problems:
             return Verification(model.path, tables.path, problems)
         ids, begin = _text_tokens(analysis, text, tokens)
-        n_rows, same, problems = check_rows(analysis, tables, by_recipe, all_rows)
+        n_rows, same, problems = check_rows(analysis, tables, all_rows)
         problems += [] if file_format.is_sidecar(tables) else changed(model, tables)
         kld_of_tables = added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
@@ -210,7 +212,7 @@ def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int
     """Tokens that are decoded together."""
     chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     if chunk < LEAST_CHUNK:
-        raise FirstLayerError(f"{model.path} takes {count(chunk, 'token')} at once, which are too few to measure")
+        raise FirstLayerError(f"{model.path} takes too few tokens at once to measure: {chunk}")
     return chunk
 
 
@@ -224,7 +226,7 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
         while len(caches) < 2:
             with files.open(chunk, chunk) as other:
                 if other.row_cache() is None:
-                    raise FirstLayerError(f"{source} has nothing to cache; plan says why")
+                    raise FirstLayerError(NO_CACHE.format(source))
                 scores.run(one, other, ids, begin, chunk)
                 used = cast(RowCache, other.row_cache())
             caches.append(used)
@@ -243,10 +245,10 @@ def _verify_cache(source: Path, cache: float, text: str | None, tokens: int | No
 
 def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | None, tokens: int | None) -> Verification:
     model, problems = open_source(path), list[str]()
-    if demand == ROWS and isolated(_gives_no_logits, model.path):
-        raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
+    if demand == ROWS and isolated(_gives_no_logits, model.path):
+        raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     longest = _chunk(model, analysis, ids)
     found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)
     if demand == EMBEDDINGS:
@@ -304,7 +306,7 @@ def _text_tokens(
         raise FirstLayerError(f"the model has no tokenizer; leave out {option('text')} to use random tokens")
     ids = ids[: tokens or N_TOKENS]
     if len(ids) < 4 * N_PROMPTS:
-        raise FirstLayerError(f"{count(len(ids), 'token')} are too few to measure, {4 * N_PROMPTS} are needed; give more text")
+        raise FirstLayerError(f"too few tokens to measure: {len(ids):,}, and {4 * N_PROMPTS} are needed; give more text")
     if tokens is not None and len(ids) < tokens:
         log.warning(
             "the text has %s, not %s: give a longer one with %s", count(len(ids), "token"), f"{tokens:,}", option("text")

@@ -65,6 +65,8 @@ for overrides in (None, {"firstlayer.cache": 1}, {"firstlayer.cache": 0.5}, {"fi
     print(llama("Once upon a time", temperature=0, max_tokens=24)["choices"][0]["text"])
     cache = gguf_firstlayer.row_cache(llama)
     print(cache and (cache.max_rows, cache.misses == cache.rows > 0, cache.hits > 0))
+llama.close()
+assert gguf_firstlayer.row_cache(llama) is None
 """
     done = python(code, smollm)
     assert done.returncode == 0, done.stderr

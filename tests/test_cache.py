@@ -268,6 +268,7 @@ def test_plan(smollm):
     """The memory is that of as many rows as a text of that length has distinct tokens; other figures follow from the uses."""
     cache = plan(smollm).cache
     assert cache.row_bytes == 960 * 4
+    assert cache.auto_bytes == 4096 * 960 * 4  # as test_options finds
     assert cache.memory[4096] == round(0.807 * 4096**0.639 * 49152**0.148 * 960 * 4)
     assert 1 < cache.prefill_cold < cache.prefill_warm
     # of 3 projections of 576, in Q4_1, a row of the embedding remains

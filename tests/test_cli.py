@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.command_line import cli, refusal, run_tool, whole_log
 
 from gguf_firstlayer import __version__
 from gguf_firstlayer.__main__ import VERBS
+from gguf_firstlayer.text import size_text
 
 
 def test_version():
@@ -87,6 +89,23 @@ def test_readme_commands_exist():
             if words[0] != "run":
                 assert not [word for word in words if word.startswith("--") and word not in helps[words[0]]], line
     assert shown > 8
+
+
+def test_a_tool_ends_with_its_reader(smollm):
+    """Fails if it ignores SIGPIPE, as Python does."""
+    options = ["-no-cnv", "-t", "1", "-c", "64", "-n", "100000", "--context-shift", "-p", "Once"]
+    command = [sys.executable, "-m", "gguf_firstlayer", "run", "main", "-m", smollm, *options]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(60) == -signal.SIGPIPE
+
+
+def test_sizes():
+    sizes = (0, 1, 4, 1023, 1024, 2**20 - 1, 2**20, 2**30 - 1)
+    texts = ["0.0 KiB", "1 byte", "4 bytes", "1023 bytes", "1.0 KiB", "1.0 MiB", "1.0 MiB", "1.00 GiB"]
+    assert list(map(size_text, sizes)) == texts
 
 
 #

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from support.models import convert, lora, rewrite
 from gguf_firstlayer import UsageError, bench, plan, verify
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.demand import N_TOKENS
+from gguf_firstlayer.text import to_json
 
 NAMES = sorted(architectures.read())
 
@@ -277,6 +279,7 @@ def test_plan(llama):
 @pytest.mark.parametrize(("name", "pooling"), [("llama", None), ("minilm", "cls")])
 def test_verify_embeddings(name, pooling, request):
     vectors = verify(request.getfixturevalue(name), demand="embeddings", pooling=pooling, tokens=100)
+    assert [json.loads(to_json(vectors))[key] for key in ("top1", "perplexity", "rows_same", "kld_bound")] == [None] * 4
     assert vectors.problems == []
     assert vectors.scored == 64
     assert 0.999 < vectors.cosine_min <= vectors.cosine <= 1.0000001
@@ -306,6 +309,8 @@ def test_other_models(llama_flp, minilm, archs):
         both = cli(verb, archs / "t5-dense.gguf", "--demand", "embeddings", *options)
         assert "llama.cpp encodes and decodes with" in refusal(both) or "cannot run on its own" in refusal(both)
     assert "gives no logits; use --demand embeddings" in refusal(cli("verify", minilm, "--demand", "rows"))
+    for option in (["--all"], ["--max-kld", 1]):
+        assert "is for converted files" in refusal(cli("verify", minilm, "--demand", "embeddings", *option))
     assert "nothing was left out" in refusal(cli("verify", minilm, "--demand", "embeddings"))  # its pooling is the mean
     assert plan(archs / "t5-dense.gguf").demand.embedding is None
 

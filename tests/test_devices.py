@@ -147,7 +147,7 @@ def test_rows_of_a_device(name, archs, smollm, tmp_path):
 
 
 def test_unknown_device(llama, tmp_path):
-    for name in ("CUDA9", "127.0.0.1:1"):
+    for name in ("CUDA9", "127.0.0.1:1", ":1", ":"):
         assert f"there is no device '{name}'" in refusal(cli("convert", llama, "-o", tmp_path / "x.gguf", "--device", name))
     assert not list(tmp_path.iterdir())
 

@@ -290,10 +290,13 @@ def test_card(smollm, llama, tmp_path, monkeypatch):
     chosen = lambda _model, analysis, _bound: (dict.fromkeys(analysis.sites, GGMLQuantizationType.Q8_0), measured, "")  # noqa: E731
     monkeypatch.setattr(auto, "choose", chosen)
     convert(smollm, tmp_path / "x-flp.gguf", type="auto")
-    text = cli("card", tmp_path / "x-flp.gguf", "--base-model", "user/x").stdout
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}  # a card is a file, whatever the terminal takes
+    command = [sys.executable, "-m", "gguf_firstlayer", "card", tmp_path / "x-flp.gguf", "--base-model", "user/x"]
+    text = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True, check=True).stdout.decode()
     data = ModelCard(text).data
     assert (data.base_model, data.base_model_relation, data.license) == ("user/x", "quantized", "apache-2.0")
-    assert "a mean KL divergence of 3.9e-03 nats" in text
+    assert "a mean KL divergence of 3.9e-03 nats from the source, of which 3.2e-05 ± 1.1e-05" in text
+    assert "perplexity 12.500 without the tables, 12.600 with them" in text
     assert f"| its source | {size_text(smollm.stat().st_size)} |" in text
     assert "run server -m x-flp.gguf\n" in text
 
@@ -304,6 +307,9 @@ def test_card(smollm, llama, tmp_path, monkeypatch):
     assert ModelCard(text).data.base_model == "other/name"
     assert "run server -m x.gguf --firstlayer x_firstlayer.gguf\n" in text
     assert "The tables are not rounded." in text
+    other = Path(shutil.copy(sidecar, cached / "tables.gguf"))
+    assert "run server -m SOURCE.gguf --firstlayer tables.gguf\n" in card(other)
+    assert "-hf" not in card(other)
 
     texts = {"general.source.repo_url": "https://huggingface.co/a/b/tree/main", "general.name": "<script>x"}
     keys = {key: (value, GGUFValueType.STRING) for key, value in texts.items()}

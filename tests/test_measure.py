@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import re
@@ -22,8 +23,8 @@ from support.command_line import cli, refusal
 from support.counting import COUNTED, bytes_read, can_count, instructions
 from support.models import convert, rewrite
 
-from gguf_firstlayer import bench, paths, verify
-from gguf_firstlayer.auto import measure_again
+from gguf_firstlayer import FirstLayerError, UsageError, bench, paths, verify
+from gguf_firstlayer.auto import CANDIDATES, measure_again, round_trip
 from gguf_firstlayer.bench import (
     BUSY,
     FASTER,
@@ -419,6 +420,26 @@ def test_bench_from_the_command_line(llama, llama_flp, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", CANDIDATES)
+def test_candidates_can_be_measured(kind):
+    """Fails if `auto` announces a type that it cannot choose, since nothing reads it back."""
+    rows = np.random.default_rng(1).normal(0, 1, (4, 256)).astype(np.float32)
+    assert 0 <= np.abs(round_trip(rows, kind) - rows).mean() < 1
+
+
+def test_each_size_is_measured_once(llama, llama_flp, short_blocks):
+    """Fails if what is given twice counts as more loads."""
+    result = bench(llama, llama_flp, batches=np.array([1, 2, 1]), contexts=[0, 0], loads=2, seconds=0.01, resources=False)
+    assert [(cell.batch, cell.context) for cell in result.cells] == [(1, 0), (2, 0)]
+
+
+def test_bench_of_no_cache(archs, llama):
+    """Fails if a model is compared with itself."""
+    for source, cache in ((archs / "gpt2-dense.gguf", "auto"), (llama, 0.0001)):
+        with pytest.raises(FirstLayerError, match="has no row cache of this size"):
+            bench(source, cache=cache, batches=[1], loads=2, seconds=0.1, resources=False)
+
+
 def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
     for arguments, words in (
         ((llama, llama), "is not converted"),
@@ -429,6 +450,9 @@ def test_bench_refuses(llama, llama_flp, smollm, tmp_path):
         ((llama, llama_flp, "--context", "1000000"), "has a context of"),
     ):
         assert words in refusal(cli("bench", *arguments))
+    for arguments in ({"threads": 100_000}, {"threads": -1}, {"seconds": math.nan}, {"batches": []}, {"contexts": []}):
+        with pytest.raises(UsageError):
+            bench(llama, llama_flp, **arguments)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which pages are mapped")

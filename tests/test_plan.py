@@ -18,7 +18,7 @@ from support.builds import ROOT, compare
 from support.command_line import cli, refusal, split
 from support.models import convert
 
-from gguf_firstlayer import FirstLayerError, Shape, plan
+from gguf_firstlayer import FirstLayerError, Shape, plan, plan_all
 from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.device import GATHER, LAYER, LOOKUP
 from gguf_firstlayer.errors import UsageError
@@ -102,6 +102,17 @@ def test_shapes_of_nothing(name):
     good = {"vocab_size": 9, "embedding_length": 8, "block_count": 1, "head_count": 2, "head_count_kv": 2}
     with pytest.raises(UsageError, match="must be positive"):
         Shape(**(good | {"feed_forward_length": 8, name: 0}))
+
+
+def test_plans_of_a_single_name(llama):
+    assert plan_all(str(llama)).plans[0].name == llama.name
+    assert "--batch is for the plan of one model" in refusal(cli("plan", llama, llama, "--batch", 7))
+
+
+def test_kept_weights_stay_on_a_device(llama, tmp_path):
+    freed = [plan(llama, keep_weights=keep, device="h100").device.freed for keep in (False, True)]
+    assert freed[0] > freed[1] == 0
+    assert convert(llama, tmp_path / "x.gguf", type="q8_0", keep_weights=True).devices[0].freed == 0
 
 
 def test_plan_of_auto(smollm):
@@ -281,12 +292,23 @@ def test_growth_that_is_too_small(growth, smollm, tmp_path):
     arguments = ["convert", smollm, "-o", tmp_path / "x.gguf", "--type", "f32", "--max-growth"]
     message = refusal(cli(*arguments, growth))
     read = {"5": "5 bytes", "0": "0 bytes", "-1": "-1 bytes", "5K": "5,000 bytes"}[growth]
-    assert f"fits into --max-growth {growth}, which is {read}; the least is " in message
+    spelled = f"--max-growth={growth}" if growth.startswith("-") else f"--max-growth {growth}"  # as argparse wants it
+    assert f"fits into {spelled}, which is {read}; the least is " in message
     needed = int(message.split("the least is ")[1].split(", or ")[0].replace(",", ""))
     assert cli(*arguments, needed - 1).returncode == 1
     done = cli(*arguments, needed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.gguf").stat().st_size - smollm.stat().st_size <= needed
+
+
+def test_growth_in_percent(archs, tmp_path):
+    """The percentage of a refusal is enough. Fails if it is rounded down."""
+    for name in ("falcon-dense", "llama-dense"):
+        for kind in ("q8_0", "f16"):
+            arguments = ["convert", archs / f"{name}.gguf", "-o", tmp_path / "x.gguf", "--type", kind, "--force"]
+            percent = re.search(r", or (-?[\d.]+%)", refusal(cli(*arguments, "--max-growth=-99%")))[1]
+            done = cli(*arguments, f"--max-growth={percent}")
+            assert done.returncode == 0, done.stderr
 
 
 def test_growth_is_announced(smollm, tmp_path):

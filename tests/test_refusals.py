@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -101,7 +102,8 @@ def test_hyperparameters_that_make_llama_cpp_abort(llama, tmp_path):
 def test_vocabulary_only(llama, tmp_path):
     names = {tensor.name for tensor in GGUFReader(llama).tensors}
     path = rewrite(llama, tmp_path / "x.gguf", drop=names)
-    assert "only a vocabulary" in refusal(cli("convert", path))
+    for verb in ("plan", "convert", "inspect"):
+        assert "only a vocabulary" in refusal(cli(verb, path))
 
 
 def test_output_exists(llama, tmp_path):
@@ -153,7 +155,7 @@ def test_old_parts_come_back(tmp_path):
     assert (tmp_path / second).read_text() == "precious"
 
 
-@pytest.mark.parametrize("how", ["replaced", "written", "written, with its old time", "grown", "removed", "truncated"])
+@pytest.mark.parametrize("how", ["replaced", "written", "grown", "removed", "truncated"])
 def test_source_changes(how, smollm, tmp_path, monkeypatch):
     """While it is read: the output would be of neither model."""
     source = Path(shutil.copy(smollm, tmp_path / "x.gguf"))
@@ -170,12 +172,9 @@ def test_source_changes(how, smollm, tmp_path, monkeypatch):
         elif how == "truncated":
             os.truncate(source, source.stat().st_size - 4096)
         else:
-            before = source.stat()
-            with source.open("ab" if how == "grown" else "r+b") as file:
+            with source.open("r+b" if how == "written" else "ab") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
-            if how == "written, with its old time":
-                os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
         return result
 
     monkeypatch.setattr(Analysis, "rows", change)
@@ -209,6 +208,49 @@ def test_source_is_truncated_while_llama_cpp_reads_it(llama, tmp_path):
     """The child process in which it reads is ended by the signal. Fails if that is told as a crash of llama.cpp."""
     with pytest.raises(FirstLayerError, match=r"x\.gguf: a file could not be read to its end"):
         isolated(read_what_is_gone, Path(shutil.copy(llama, tmp_path / "x.gguf")))
+
+
+def kill(_path: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_out_of_memory(_path: Path) -> None:
+    raise MemoryError
+
+
+def find_no_folder(path: Path) -> None:
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+
+def make_a_mistake(_path: Path) -> None:
+    raise KeyError("of ours")
+
+
+def print_something(_path: Path) -> str:
+    print("of a library")
+    os.write(1, b"of another")
+    return "the result"
+
+
+def test_errors_of_a_child_process(tmp_path):
+    """Fails if they are taken for llama.cpp's, with a line of our own code as the reason."""
+    with pytest.raises(FirstLayerError, match="perhaps for want of memory"):
+        isolated(kill, tmp_path)
+    with pytest.raises(MemoryError):
+        isolated(run_out_of_memory, tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+        isolated(find_no_folder, tmp_path)
+    with pytest.raises(FirstLayerError, match=r"cannot be analysed \(KeyError: 'of ours'\); please report this"):
+        isolated(make_a_mistake, tmp_path)
+    assert isolated(print_something, tmp_path) == "the result"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_what_is_no_model(kind, llama, tmp_path):
+    """It comes with models, in files of the same format."""
+    path = rewrite(llama, tmp_path / "x.gguf", keys={"general.type": (kind, GGUFValueType.STRING)})
+    for verb in ("plan", "convert", "inspect"):
+        assert f"is no model, but has the type '{kind}'" in refusal(cli(verb, path))
 
 
 def test_output_is_source(llama, tmp_path):
@@ -391,6 +433,22 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
     assert list(tmp_path.iterdir()) == [output]
     assert digest(output) == whole
     assert digest(smollm) == before
+
+
+def test_interrupted_when_all_is_written(llama, tmp_path):
+    """Fails if that is called nothing."""
+    code = """
+import os, signal, sys
+from gguf_firstlayer import __main__, output
+sync = output._sync
+output._sync = lambda path: os.kill(os.getpid(), signal.SIGINT) if path.is_dir() else sync(path)
+sys.exit(__main__.main(["convert", *sys.argv[1:]]))
+"""
+    command = [sys.executable, "-c", code, llama, "-o", tmp_path / "x.gguf", "--type", "q8_0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"gguf-firstlayer: interrupted, {tmp_path / 'x.gguf'} is complete"
+    assert (tmp_path / "x.gguf").read_bytes() == convert(llama, tmp_path / "y.gguf", type="q8_0").output.read_bytes()
 
 
 def test_interrupted_while_it_starts(smollm):

@@ -302,7 +302,14 @@ bool llama_firstlayer_demand::has_room(size_t n_leafs) const {
                      [](const ggml_tensor * src) { return src && src->op == GGML_OP_NONE; });
     }
     const size_t n_all = nodes.size() + leafs.size() + params.res->inputs.size() + n_new;
-    return n_new <= n_free && n_all <= (size_t) params.res->get_max_nodes();
+
+    // the scheduler has a hash table of as many entries as nodes are allowed, rounded up to a prime that is at most 32 above a
+    // power of two (ggml_hash_size)
+    size_t n_entries = 1;
+    while (n_entries + 32 < (size_t) params.res->get_max_nodes()) {
+        n_entries *= 2;
+    }
+    return n_new <= n_free && n_all <= n_entries;
 }
 
 bool llama_firstlayer_demand::apply(llama_firstlayer_demand_kinds & kinds) {
