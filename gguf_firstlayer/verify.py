@@ -212,7 +212,7 @@ def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int
     """Tokens that are decoded together."""
     chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     if chunk < LEAST_CHUNK:
-        raise FirstLayerError(f"{model.path} takes too few tokens at once to measure: {chunk}")
+        raise FirstLayerError(f"{model.path} takes tokens by {chunk} at most, too few to measure")
     return chunk
 
 
