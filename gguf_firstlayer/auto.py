@@ -27,8 +27,8 @@ SiteTypes = dict[Site, GGMLQuantizationType]
 SAMPLE = Path(__file__).with_name("sample.txt")
 N_TOKENS = 512
 
-# Codebook types are left out: they are designed for importance matrices, and quantizing to them is slow. So is Q1_0,
-# which gguf-py cannot read
+# Codebook types are left out: they are designed for importance matrices, and quantizing to them is slow; and
+# Q1_0, which gguf-py cannot read
 CANDIDATES = [kind for name, kind in file_format.TYPES.items() if not name.startswith(("iq1", "iq2", "iq3", "q1_0"))]
 
 # KL divergence grows with the square of a small error; the model's own noise does not. So errors are enlarged before they

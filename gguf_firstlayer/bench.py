@@ -177,8 +177,8 @@ def bench(
     check_demand(demand, pooling)
     embeds = demand == EMBEDDINGS
     # each once: what is measured twice would count as more loads
-    batches = list(dict.fromkeys((TEXTS if embeds else BATCHES) if batches is None else batches))
-    contexts = list(dict.fromkeys(contexts))
+    batches = list(dict.fromkeys(map(int, (TEXTS if embeds else BATCHES) if batches is None else batches)))
+    contexts = list(dict.fromkeys(map(int, contexts)))
     for size in (*batches, *contexts):
         if not 0 <= size <= MAX_TOKENS:
             raise UsageError(f"{size} is too long for a batch or a context; give {MAX_TOKENS:,} tokens at most")
@@ -203,6 +203,9 @@ def bench(
     elif cache is not None:
         model, files = open_cached(local(source), parse_cache(str(cache)))
         tables = model
+        with files.open(BLOCK_TOKENS, BLOCK_TOKENS) as run:
+            if run.row_cache() is None:
+                raise FirstLayerError(NO_CACHE.format(model.path))
     else:
         model = tables = open_source(local(source))
         files = Files((model,))
@@ -237,8 +240,6 @@ def bench(
                     for kind in rng.sample(kinds_of_run, len(kinds_of_run))
                 }
                 runs = [opened[kind] for kind in kinds_of_run]
-                if cache is not None and runs[1].row_cache() is None:
-                    raise FirstLayerError(NO_CACHE.format(model.path))
                 pinned = stack.enter_context(pinning(runs[0], n_threads)) and pinned
                 if files.cache and not random_tokens:
                     for first in range(0, len(tokens), n_batch):

@@ -124,7 +124,7 @@ def _usage(file: Source, is_sidecar: bool) -> list[str]:
     """How to run it."""
     if not is_sidecar:
         return ["```sh", f"gguf-firstlayer run server -m {file.path.name}", "```"]
-    source, told = "SOURCE.gguf", "It needs its source, of a split model the first part."
+    source, told = "SOURCE.gguf", "Run it with its source; of a split model, give the first part."
     if file.path.stem.endswith("_firstlayer"):
         told += " `-hf` takes both if they are in one repository, where this one is named after the other."
         source = f"{file.path.stem.removesuffix('_firstlayer')}.gguf"
@@ -139,5 +139,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `card` from the command line."""
-    sys.stdout.buffer.write(card(args.path, base_model=args.base_model).encode())  # a file, whatever the terminal's encoding
+    text = card(args.path, base_model=args.base_model)
+    sys.stdout.buffer.write(text.encode(errors="surrogateescape"))  # a file, in UTF-8 whatever the terminal's encoding
     return 0

@@ -97,12 +97,14 @@ def header(name: ModelName) -> Path:
 
 @contextmanager
 def _keeping(name: ModelName) -> Iterator[None]:
-    """Say what is wrong with the folder of downloads, about which huggingface_hub has errors of these two kinds."""
+    """Say what is wrong with a name, or with the folder of downloads."""
     try:
         yield
-    except (OSError, ValueError) as err:
-        told = f"{err.filename}: {err.strerror}" if isinstance(err, OSError) and err.filename else str(err)
+    except OSError as err:
+        told = f"{err.filename}: {err.strerror}" if err.filename else str(err)
         raise FirstLayerError(f"{name} cannot be kept ({told}); set HF_HOME to a folder on a disk with room") from err
+    except ValueError as err:
+        raise UsageError(f"{name}: {err}") from err
 
 
 def models(name: str) -> list[str]:
@@ -368,7 +370,10 @@ def _folder(versions: list[_Version]) -> Path:
 
     told = " ".join(f"{remote.url} {etag} {size}" for remote, etag, size in versions)
     place = versions[0].remote.repository or "urls"
-    return Path(cached_assets_path("gguf-firstlayer", place, hashlib.sha256(told.encode()).hexdigest()[:32]))
+    try:
+        return Path(cached_assets_path("gguf-firstlayer", place, hashlib.sha256(told.encode()).hexdigest()[:32]))
+    except ValueError as err:  # something else is there
+        raise NotADirectoryError(str(err)) from err
 
 
 class _OfflineError(FirstLayerError):

@@ -33,8 +33,7 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
     """Call a function of this package for a model in a child process, which may abort. Returns the function's result.
 
     Raises:
-        FirstLayerError: the function raises it, or llama.cpp aborts.
-        OSError, MemoryError: likewise.
+        FirstLayerError: the function raises it, an OSError or a MemoryError, or llama.cpp aborts.
     """
     code = _CHILD.format(path=imported_from(), folder=str(Path(__file__).resolve().parent))
     child = subprocess.run(
@@ -44,17 +43,21 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # on an abort, ggml would start a debugger, which would hold up the child
     )
     if child.returncode != 0:
-        lines = child.stderr.decode(errors="replace").splitlines() or [""]
+        lines = child.stderr.decode(errors="replace").splitlines()
         if child.returncode == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
             raise FirstLayerError(f"{path}: {UNREADABLE}")
         if child.returncode == -getattr(signal, "SIGKILL", 0):
-            raise FirstLayerError(f"{path}: the system stopped llama.cpp, perhaps for want of memory; close other programs")
+            raise FirstLayerError(f"{path}: the system killed llama.cpp, perhaps for lack of memory; close other programs")
         if any(line.startswith("Traceback") for line in lines):
             raise FirstLayerError(f"{path} cannot be analysed ({lines[-1]}); please report this")
         asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
         raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
     result = pickle.loads(child.stdout)
-    if isinstance(result, Exception):
+    if isinstance(result, MemoryError):
+        raise FirstLayerError(f"{path}: out of memory; close other programs, or use a smaller model") from result
+    if isinstance(result, OSError):
+        raise FirstLayerError(f"{result.filename or path}: {result.strerror or result}") from result
+    if isinstance(result, FirstLayerError):
         raise result
     return cast(T, result)
 

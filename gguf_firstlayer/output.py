@@ -104,7 +104,7 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:
     """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile."""
     if force:
         old = part.with_name(f"{part.name}.old")
-        with suppress(OSError, NotImplementedError):  # a file system without links: what is replaced cannot be kept
+        with suppress(OSError, NotImplementedError):  # where links are not possible, what is replaced cannot be kept
             if os.path.lexists(target):
                 os.link(target, old, follow_symlinks=False)
                 undo.callback(old.replace, target)

@@ -16,7 +16,7 @@ from gguf_firstlayer.source import Source
 # a row cache of the size that the model chooses, and the largest in MiB
 AUTO, MAX_CACHE = -1.0, float(1 << 20)
 
-NO_CACHE = "{} has no row cache of this size: it would not hold a row, or plan says why there is none"
+NO_CACHE = "{} has no row cache of this size; give a larger one, or see what plan says of it"
 
 
 class Files(NamedTuple):

@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> int:
     names = _expand(args.paths)
     if args.csv or len(names) > 1 or names != args.paths:
         if args.batch is not BATCHES:
-            raise UsageError("--batch is for the plan of one model")
+            raise UsageError("--batch is for a single file")
         plans = plan_all(names, type=args.type, device=args.device)
         if args.json:
             print(to_json(plans))

@@ -70,8 +70,9 @@ def all_resources(models: Sequence[Files], n_threads: int, tokens: Tokens) -> It
             for i, model in enumerate(models):
                 for source in model.sources:
                     forget(source)
+                n_prompt = max(1, min(PROMPT, context_length(model.sources[0]) - GENERATED - 1))
                 for loads in (cold, warm):
-                    loads[i].append(isolated(partial(_load, n_threads, model.options, tokens), model.path))
+                    loads[i].append(isolated(partial(_load, n_threads, n_prompt, model.options, tokens), model.path))
                     bar.update()
     for i, model in enumerate(models):
         last = warm[i][-1]
@@ -103,7 +104,7 @@ class _Load:
     memory: tuple[int, int, int, int, int, int, int, int]  # as in Resources, from `resident` to `rows_touched`
 
 
-def _load(n_threads: int, options: dict[str, Any], tokens: Tokens, path: Path) -> _Load:
+def _load(n_threads: int, n_prompt: int, options: dict[str, Any], tokens: Tokens, path: Path) -> _Load:
     """Load a model and use it; called through `isolated`."""
     import resource  # which Windows does not have
 
@@ -116,7 +117,6 @@ def _load(n_threads: int, options: dict[str, Any], tokens: Tokens, path: Path) -
         return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
     library()  # loaded beforehand, as it is not part of loading the model
-    n_prompt = max(1, min(PROMPT, context_length(Source(path)) - GENERATED - 1))
     before, read, usage = status(), bytes_read(), resource.getrusage(resource.RUSAGE_SELF)
     started = time.perf_counter()
     with Decoder(path, n_prompt + GENERATED + 1, n_prompt, n_threads, **options) as run:

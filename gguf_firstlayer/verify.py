@@ -154,7 +154,7 @@ def verify(
     if sum(choice is not None for choice in (converted, cache, demand)) != 1:
         raise UsageError(f"give either a converted file, or {option('cache')}, or {option('demand')}")
     if converted is None and (all_rows or max_kld is not None):
-        raise UsageError(f"{option('all_rows' if all_rows else 'max_kld')} is for converted files")
+        raise UsageError("recomputing all rows, and a bound on what they add, are for converted files; leave it out")
     if demand is not None:
         return _verify_demand(local(source), demand, pooling, text, tokens)
     if converted is None:
@@ -212,7 +212,7 @@ def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int
     """Tokens that are decoded together."""
     chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     if chunk < LEAST_CHUNK:
-        raise FirstLayerError(f"{model.path} takes tokens by {chunk} at most, too few to measure")
+        raise FirstLayerError(f"{model.path} takes at most {chunk} at once, too few to measure")
     return chunk
 
 

@@ -35,6 +35,7 @@ def offloaded(
     done = run_tool("llama-completion", *arguments, "-p", prompt, "-lv", 5, *options, env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     assert ("lazy read enabled" in done.stderr) == ("firstlayer.0.table" in done.stderr)
+    assert ("this device cannot map" in done.stderr) == ("LD_PRELOAD" in environment)
     log = re.sub(r"\d+\.\d+\.\d+\.\d+ [A-Z] ", "", done.stderr)
     return done.stdout, log[log.rindex("## SPLIT #0") :].splitlines()
 

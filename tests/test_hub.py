@@ -279,7 +279,10 @@ def test_a_folder(files, tmp_path):
     (folder / "broken.gguf").write_bytes(b"GGUF")
     done = cli("plan", folder.parent, "--json")
     result = json.loads(done.stdout)
-    assert {each["name"] for each in result["plans"]} >= {"llama-Q4_K_M.gguf", "smollm-Q4_1.gguf"}
+    first = next(Path(name).name for name in files if "00001-of" in name)
+    assert sorted(each["name"] for each in result["plans"]) == sorted(
+        ["llama-IQ4_XS.gguf", "llama-Q4_K_M.gguf", "smollm-Q4_1.gguf", first]
+    )
     assert list(result["refused"]) == [str(folder / "broken.gguf")]
     assert "broken.gguf is a GGUF file of another byte order or version" in cli("plan", folder.parent).stderr
 

@@ -43,6 +43,7 @@ from gguf_firstlayer.estimate import bound, estimate
 from gguf_firstlayer.file_format import Measurement, fitting
 from gguf_firstlayer.runtime import analyse
 from gguf_firstlayer.source import Source
+from gguf_firstlayer.text import to_json
 from gguf_firstlayer.timing import Load, Ratio, ratio
 from gguf_firstlayer.verify import MAX_KLD
 from gguf_firstlayer.verify import summary as verify_summary
@@ -427,10 +428,15 @@ def test_candidates_can_be_measured(kind):
     assert 0 <= np.abs(round_trip(rows, kind) - rows).mean() < 1
 
 
-def test_each_size_is_measured_once(llama, llama_flp, short_blocks):
+def test_each_size_is_measured_once(llama, llama_flp, short_blocks, monkeypatch):
     """Fails if what is given twice counts as more loads."""
+    module, measured = sys.modules["gguf_firstlayer.bench"], []
+    take_turns = module.take_turns
+    monkeypatch.setattr(module, "take_turns", lambda *arguments: measured.append(arguments[2:4]) or take_turns(*arguments))
     result = bench(llama, llama_flp, batches=np.array([1, 2, 1]), contexts=[0, 0], loads=2, seconds=0.01, resources=False)
     assert [(cell.batch, cell.context) for cell in result.cells] == [(1, 0), (2, 0)]
+    assert measured == 2 * [(1, 0), (2, 0)]
+    assert json.loads(to_json(result))["cells"][0]["batch"] == 1
 
 
 def test_bench_of_no_cache(archs, llama):

@@ -25,7 +25,7 @@ from gguf_firstlayer.errors import UsageError
 from gguf_firstlayer.estimate import estimate
 from gguf_firstlayer.file_format import TYPES
 from gguf_firstlayer.runtime import Analysis
-from gguf_firstlayer.selection import select
+from gguf_firstlayer.selection import read_growth, select
 from gguf_firstlayer.source import Source
 
 # arXiv 2402.13388: shape; weights eliminated; reads of one token without and with; reductions for batches of 1, 16, 256, 1024;
@@ -99,17 +99,20 @@ def test_experts_that_a_token_uses():
 
 @pytest.mark.parametrize("name", ["head_count", "vocab_size", "expert_used_count"])
 def test_shapes_of_nothing(name):
+    """Fails if a zero becomes a division by it, or a plan."""
     good = {"vocab_size": 9, "embedding_length": 8, "block_count": 1, "head_count": 2, "head_count_kv": 2}
     with pytest.raises(UsageError, match="must be positive"):
         Shape(**(good | {"feed_forward_length": 8, name: 0}))
 
 
 def test_plans_of_a_single_name(llama):
+    """Fails if its characters are taken for names, or an option is ignored."""
     assert plan_all(str(llama)).plans[0].name == llama.name
-    assert "--batch is for the plan of one model" in refusal(cli("plan", llama, llama, "--batch", 7))
+    assert "--batch is for a single file" in refusal(cli("plan", llama, llama, "--batch", 7))
 
 
 def test_kept_weights_stay_on_a_device(llama, tmp_path):
+    """Fails if they count as freed."""
     freed = [plan(llama, keep_weights=keep, device="h100").device.freed for keep in (False, True)]
     assert freed[0] > freed[1] == 0
     assert convert(llama, tmp_path / "x.gguf", type="q8_0", keep_weights=True).devices[0].freed == 0
@@ -284,6 +287,7 @@ def test_growth_in_units(growth, n_bytes, smollm, tmp_path):
     grown = done.output_bytes - done.source_bytes
     assert allowed / 3 < grown <= allowed if done.left_out else grown <= allowed
     assert bool(done.left_out) == (allowed < 1e8)
+    assert read_growth(growth, smollm.stat().st_size).bytes == pytest.approx(allowed)
 
 
 @pytest.mark.parametrize("growth", ["5", "0", "-1", "5K"])
@@ -389,7 +393,7 @@ def test_headers_that_lie(headers, tmp_path):
     assert str(huge) in message
     alone = tmp_path / "x-00002-of-00003.gguf"
     alone.write_bytes(header)
-    assert "135" not in refusal(cli("plan", tmp_path / "x-00001-of-00003.gguf"))
+    assert "x-00001-of-00003.gguf cannot be read: No such file" in refusal(cli("plan", tmp_path / "x-00001-of-00003.gguf"))
     assert cli("plan", alone).returncode == 0  # it is only named like a part
 
 

@@ -234,11 +234,11 @@ def print_something(_path: Path) -> str:
 
 def test_errors_of_a_child_process(tmp_path):
     """Fails if they are taken for llama.cpp's, with a line of our own code as the reason."""
-    with pytest.raises(FirstLayerError, match="perhaps for want of memory"):
+    with pytest.raises(FirstLayerError, match="perhaps for lack of memory"):
         isolated(kill, tmp_path)
-    with pytest.raises(MemoryError):
+    with pytest.raises(FirstLayerError, match="out of memory"):
         isolated(run_out_of_memory, tmp_path)
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+    with pytest.raises(FirstLayerError, match=re.escape(f"{tmp_path}: No such file")):
         isolated(find_no_folder, tmp_path)
     with pytest.raises(FirstLayerError, match=r"cannot be analysed \(KeyError: 'of ours'\); please report this"):
         isolated(make_a_mistake, tmp_path)

@@ -52,12 +52,13 @@ def made(request, tmp_path) -> Callable[[Path], Path]:
     return WAYS[request.param]
 
 
-PROMPT: list[Any] = [["decode", [[0], TEXT[:250]]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
+# with outputs for some tokens, so that demand leaves something out
+PROMPT: list[Any] = [["decode", [[0], TEXT[:250], 9]], ["decode", [[0], [5]]], ["decode", [[0], [6, 7, 8]]]]
 EMBED: list[Any] = [["decode", [[0], TEXT[:200]], [[1], TEXT[300:340]], [[2], TEXT[400:600]]], ["decode", [[3], [5]]]]
 
 # sequences of unequal length, some of them with one token, in one batch; tokens that alternate between sequences
 UNEQUAL: list[Any] = [
-    ["decode", [[0], TEXT[:100]], [[1], TEXT[300:340]], [[2], TEXT[400:600]]],
+    ["decode", [[0], TEXT[:100], 9], [[1], TEXT[300:340], 3], [[2], TEXT[400:600], 20]],
     ["decode", [[1], TEXT[340:420]], [[2], [42]]],
     ["cp", 0, 3, -1, -1],
     ["decode", [[3], [44]], [[1], [45]], [[0], [46]], [[2], [47, 48]], [[0], [49]], [[3], [50]]],
@@ -93,7 +94,7 @@ def test_context(name, smollm, ours):
     only here is rewritten wrongly or not at all.
     """
     load, context, steps = CASES[name]
-    context = context | (getattr(ours, "CONTEXT", {}) if name.startswith("pooling") else {})
+    context = getattr(ours, "CONTEXT", {}) | context
     stock, found = (
         session(model, build, steps, load=load, context=context) for model, build in [(smollm, STOCK), (ours, PATCHED)]
     )
@@ -153,6 +154,7 @@ def test_loading_reads_what_is_not_lazy(smollm, smollm_flp):
     """As llama.cpp does without tables. Fails if weights beside lazy tables wait for the first batch, page by page."""
     source, ours = (session(model, PATCHED, [["mapped", str(model)]])[0][0] for model in (smollm, smollm_flp["f32"]))
     assert abs(ours - source) < 2 << 20
+    assert source > 0.9 * smollm.stat().st_size
 
 
 def random(count: int, seed: int) -> dict[str, int]:
@@ -161,7 +163,7 @@ def random(count: int, seed: int) -> dict[str, int]:
 
 # more than one token of a sequence at a time: for a single one, F32 weights have a kernel of their own
 SEQUENCES: list[Any] = [
-    ["decode", [[0], random(40, 1)], [[1], random(9, 2)], [[2], random(70, 3)]],
+    ["decode", [[0], random(40, 1), 7], [[1], random(9, 2), 3], [[2], random(70, 3), 9]],
     ["decode", [[1], random(17, 4)], [[2], random(2, 5)]],
     ["decode", [[0], random(2, 6)], [[2], random(2, 7)], [[1], random(2, 8)], [[3], random(2, 9)]],
 ]
@@ -190,14 +192,14 @@ def test_saved_state(name, archs, smollm, made, tmp_path):
     source = smollm if name == "smollm" else archs / f"{name}.gguf"
     sides = {"stock": (source, STOCK), "ours": (made(source), PATCHED)}
     context = {"n_seq_max": 4, "kv_unified": False}
-    go_on = ["decode", [[0], random(5, 3)], [[1], random(7, 4)]]
+    go_on = ["decode", [[0], random(25, 3), 2], [[1], random(7, 4), 3]]
 
     def file(side: str, what: str) -> str:
         return str(tmp_path / f"{side}-{what}")
 
     before = {}
     for side, (model, build) in sides.items():
-        start = ["decode", [[0], random(50, 1)], [[1], random(20, 2)]]
+        start = ["decode", [[0], random(50, 1), 9], [[1], random(20, 2), 5]]
         saves = [["save", file(side, "all")], ["save", file(side, "one"), 1]]
         before[side] = session(model, build, [start, *saves, go_on], context=context)
     assert same(before["stock"], before["ours"])
@@ -207,7 +209,7 @@ def test_saved_state(name, archs, smollm, made, tmp_path):
         assert state == Path(file("ours", what)).read_bytes()
 
     # a restored cache has another layout, which can round differently, so only sessions with restored caches are compared
-    elsewhere = ["decode", [[2], random(7, 4)]]
+    elsewhere = ["decode", [[2], random(7, 4), 3]]
     stock, ours = (
         session(model, build, [["load", file(other, "all")], go_on], context=context)
         + session(model, build, [["load", file(other, "one"), 2], elsewhere], context=context)
@@ -215,7 +217,7 @@ def test_saved_state(name, archs, smollm, made, tmp_path):
     )
     assert same(stock, ours)
     assert np.allclose(stock[0], before["stock"][1], atol=0.05)
-    assert np.allclose(stock[1], before["stock"][1][5:], atol=0.05)
+    assert np.allclose(stock[1], before["stock"][1][2:], atol=0.05)
 
 
 CHAINS = {

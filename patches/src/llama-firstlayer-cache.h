@@ -36,7 +36,7 @@ struct llama_firstlayer_cache {
                       const llama_firstlayer_walk &               walk,
                       const std::vector<llama_firstlayer::site> & sites);
 
-    // Drop the templates that do not compute the rows of some tokens to the same bits as larger ones.
+    // Drop the templates that do not compute the rows of some tokens to the same bits as the largest.
     void keep_equal_sizes(const llm_graph_params & params);
 
     // Add an input to a graph: the slots of the batch's tokens, I32 [n_tokens]. nullptr if the batch must be computed as usual,

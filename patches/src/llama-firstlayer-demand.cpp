@@ -296,12 +296,17 @@ bool llama_firstlayer_demand::has_room(size_t n_leafs) const {
     const size_t n_new  = n_leafs + N_SELECT * selected.size() + 1;
     const size_t n_free = (ggml_get_mem_size(ctx) - ggml_used_mem(ctx)) / ggml_tensor_overhead();
 
-    tensor_set leafs;
+    tensor_set leafs;  // as llama_firstlayer_restart and llama_firstlayer_add_node add them
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->op == GGML_OP_NONE && (t->flags & GGML_TENSOR_FLAG_INPUT)) {
+            leafs.insert(t);
+        }
+    }
     for (const ggml_tensor * t : nodes) {
         std::copy_if(std::begin(t->src), std::end(t->src), std::inserter(leafs, leafs.end()),
                      [](const ggml_tensor * src) { return src && src->op == GGML_OP_NONE; });
     }
-    const size_t n_all = nodes.size() + leafs.size() + params.res->inputs.size() + n_new;
+    const size_t n_all = nodes.size() + leafs.size() + n_new;
 
     // the scheduler has a hash table of as many entries as nodes are allowed, rounded up to a prime that is at most 32 above a
     // power of two (ggml_hash_size)

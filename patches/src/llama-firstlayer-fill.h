@@ -42,7 +42,7 @@ struct llama_firstlayer_fill {
     bool compute(const std::vector<llama_token> & tokens, const std::vector<int32_t> & slots, int32_t padding);
 
     std::vector<int32_t>      taken;                // one for each token
-    size_t                    n_missing = 0;        // of these, rows that were computed for it
+    size_t                    n_missing = 0;        // rows that were computed since tokens were last counted
     const llm_graph_input_i * reader    = nullptr;  // of the graph that reads them
 
   private:

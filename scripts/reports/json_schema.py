@@ -66,6 +66,7 @@ def page() -> str:
         texts, lines = meanings(kind), []
         for field in dataclasses.fields(kind):
             text, classes = type_text(hints[field.name])
+            text += " or null" if field.default != field.default else ""  # not a number where it is not measured
             lines.append(f"| `{field.name}` | {text} | {texts[field.name]} |")
             queue += [(each.__name__, each) for each in classes]
         table = "\n".join(["| key | type | content |", "|---|---|---|", *lines])

@@ -57,6 +57,7 @@ FAULT(int, ftruncate64, (int fd, off64_t n), (fd, n), fd)
 FAULT(int, truncate64, (const char * path, off64_t n), (path, n), path)
 FAULT(int, mkdir, (const char * path, mode_t mode), (path, mode), path)
 FAULT(int, link, (const char * from, const char * to), (from, to), from)
+FAULT(int, linkat, (int a, const char * from, int b, const char * to, int flags), (a, from, b, to, flags), from)
 FAULT(int, rename, (const char * from, const char * to), (from, to), from)
 FAULT(int, flock, (int fd, int how), (fd, how), fd)
 

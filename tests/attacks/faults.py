@@ -28,6 +28,7 @@ FAULTS = {
     "truncate64": [errno.EFBIG],
     "mkdir": [errno.EROFS, errno.ENOENT],
     "link": [errno.EPERM, errno.ENOENT],
+    "linkat": [errno.EPERM, errno.ENOENT],
     "rename": [errno.EXDEV, errno.EACCES],
     "flock": [errno.ENOLCK],
 }
@@ -99,7 +100,7 @@ class Bench:
 
 def main() -> int:
     """Attack every call of every function. Returns how many attacks found something."""
-    n_faults = n_wrong = 0
+    n_wrong, n_faults = 0, dict.fromkeys(FAULTS, 0)
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
         for output in bench.commands:
@@ -109,11 +110,13 @@ def main() -> int:
                         n, has_fired = 1, True
                         while has_fired:
                             has_fired, wrong = bench.attack(output, function, n, error, replace)
-                            n_faults, n, n_wrong = n_faults + has_fired, n + 1, n_wrong + bool(wrong)
+                            n_faults[function] += has_fired
+                            n, n_wrong = n + 1, n_wrong + bool(wrong)
                             if wrong:
                                 print(f"{output}, {function} {n - 1}, {os.strerror(error)}, {replace=}: {wrong}", flush=True)
-    print(f"{n_faults} faults, {n_wrong} wrong")
-    return n_wrong
+    never = [function for function, n in n_faults.items() if n == 0]
+    print(f"{sum(n_faults.values())} faults, {n_wrong} wrong; calls that were never made: {never}")
+    return n_wrong + len(never)
 
 
 if __name__ == "__main__":

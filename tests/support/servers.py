@@ -91,7 +91,9 @@ def server(model: Path | str, *options: object, log_path: Path | None = None) ->
             raise AssertionError(err.read().decode()) from err
         return json.loads(text) if text.startswith(("{", "[")) else text
 
-    with log_path.open("a+") if log_path else tempfile.TemporaryFile("a+", errors="replace") as log:  # both share one position
+    with (
+        log_path.open("a+", errors="replace") if log_path else tempfile.TemporaryFile("a+", errors="replace") as log
+    ):  # both share one position
         with serving(command, lambda: post("/health"), (AssertionError, OSError), stdout=log, stderr=log):
             yield post
             deadline = time.monotonic() + 10  # it is written by a thread of its own

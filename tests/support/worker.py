@@ -500,6 +500,7 @@ def session(job):
     hidden                                      from now on, ask for hidden states of all tokens, and return each decode's
     rm, cp, keep, add, div ...                  llama_memory_seq_*
     """
+    n_before = len(messages)
     model = Model(job["model"], **job.get("load", {}))
     model.embeddings, hidden = job.get("context", {}).get("embeddings", False), False
     context = model.context(**job.get("context", {}))
@@ -564,9 +565,11 @@ def session(job):
         else:
             assert getattr(llama_cpp, f"llama_memory_seq_{step}")(memory, *arguments) in (None, True)
     llama_cpp.llama_free(context)
-    # equal to the source's output would also be that of a model whose cache is not used
-    data = cache_data(model)
-    assert data is None or data["n_misses"] > 0
+    # equal to the source's output would also be that of a model whose cache, or demand, is not used
+    load, asks = job.get("load", {}), {step for step, *_ in job["steps"]}
+    assert not (load.get("cache") or load.get("cache_rows")) or cache_data(model)["n_misses"] > 0
+    if load.get("demand") and not asks & {"log", "logits"}:  # whoever asks for these, knows better
+        assert any("nobody reads" in message for message in messages[n_before:]), f"demand was not used: {job['steps']}"
     model.close()
     return results
 
