@@ -20,7 +20,7 @@ from gguf_firstlayer.auto import sample_tokens
 from gguf_firstlayer.c_api import RowCache
 from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, own_pooling, saved
-from gguf_firstlayer.errors import FirstLayerError, UsageError, option
+from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError, option
 from gguf_firstlayer.estimate import bound
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
@@ -186,10 +186,11 @@ def bench(
         raise UsageError("a batch needs at least one token")
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError(f"{threads} is not a valid number of threads; give one between 1 and {MAX_THREADS}")
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"nothing can be measured in {seconds} seconds")
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{seconds} is not a number of seconds")
     if embeds and any(contexts):
-        raise UsageError("an embedded text has no context before it; leave it out")
+        name = "context" if Caller.is_command_line else "contexts"
+        raise UsageError(f"an embedded text has no {option(name)} before it; leave it out")
     if converted is not None and cache is not None:
         raise UsageError(f"give a converted file or {option('cache')}, not both")
     if converted is None and cache is None and demand is None:

@@ -86,7 +86,7 @@ def test_patch_that_does_not_apply(broken, tmp_path):
     done = configure(project, tmp_path / "build", *options)
     assert done.returncode != 0
     message = " ".join(done.stderr.split())
-    assert ("hooks.patch" if broken == "already patched" else "llama-ark.h") in message
+    assert ("backends.patch" if broken == "already patched" else "llama-ark.h") in message
     assert "0.3.36" in message
 
 
