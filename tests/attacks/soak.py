@@ -144,7 +144,9 @@ def main(minutes: float, mode: str, pause: float = 2) -> int:
     print(f"{mode}, {minutes:.0f} minutes: {dict(sorted(counts.items()))}")
     print("memory after each tenth of the time, MiB:", *(f"{size / 2**20:.1f}" for size in sizes))
     print(f"all answers are right at the end: {alive}")
-    return sum(count for kind, count in counts.items() if kind.startswith(("wrong answers", "lost"))) + (not alive)
+    return sum(count for kind, count in counts.items() if kind.startswith(("wrong answers", "lost"))) + (
+        not alive or not counts
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 //
 // An input is the number of keys (u16), the number of tables (u16), the keys and the infos of the tables as they are in a file.
 // What is around them comes from the model in FIRSTLAYER_FUZZ_MODEL. Without such keys, it runs with a row cache; always with demand.
+// With FIRSTLAYER_FUZZ_LOADS, a file that does not load is a finding.
 
 #include "gguf.h"
 #include "llama-firstlayer.h"
@@ -202,6 +203,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     llama_model_params params = llama_model_default_params();
     llama_model *      model  = llama_model_load_from_file(path.c_str(), params);
     if (!model) {
+        if (getenv("FIRSTLAYER_FUZZ_LOADS")) {
+            fprintf(stderr, "ERROR: the model does not load\n");
+            abort();
+        }
         return 0;
     }
     llama_context_params options = llama_context_default_params();
