@@ -142,7 +142,7 @@ def test_draft_model_has_no_use_for_it(smollm, sidecar, tmp_path):
 
     Fails if the draft cannot be loaded, or takes them: then the model accepts other numbers of its tokens.
     """
-    draft = _fine_tuned(smollm, tmp_path / "draft.gguf")
+    draft = _fine_tuned(smollm, tmp_path / "draft.gguf", "blk.0.attn_norm.weight")
     options = ["-md", draft, "--spec-type", "draft-simple", "-t", 1, "-c", 64]
     ask = [("/completion", {"prompt": "Once", "n_predict": 16, "temperature": 0})]
     ours, plain = (serve(smollm, ask, *options, *more) for more in (["--firstlayer", sidecar], []))
@@ -150,10 +150,9 @@ def test_draft_model_has_no_use_for_it(smollm, sidecar, tmp_path):
     assert ours[0]["timings"]["draft_n"] > 0
 
 
-def _fine_tuned(source: Path, target: Path) -> Path:
-    return rewrite(
-        source, target, change_tensor=lambda name, data: data * np.float32(1.5) if name == "blk.0.attn_q.weight" else data
-    )
+def _fine_tuned(source: Path, target: Path, weight: str = "blk.0.attn_q.weight") -> Path:
+    """A model with another weight, which is F32 in the source."""
+    return rewrite(source, target, change_tensor=lambda name, data: data * np.float32(1.5) if name == weight else data)
 
 
 def test_tables_of_another_model_are_not_used(llama, tmp_path):
