@@ -204,9 +204,6 @@ def bench(
     elif cache is not None:
         model, files = open_cached(local(source), parse_cache(str(cache)))
         tables = model
-        with files.open(BLOCK_TOKENS, BLOCK_TOKENS) as run:
-            if run.row_cache() is None:
-                raise FirstLayerError(NO_CACHE.format(model.path))
     else:
         model = tables = open_source(local(source))
         files = Files((model,))
@@ -220,6 +217,10 @@ def bench(
     n_threads = threads or len(processors())
     expected = _bounds(model, tables, cache is not None, batches, contexts, demand, pooling)
     tokens = isolated(partial(_tokens, random_tokens), model.path)
+    if cache is not None:
+        with files.open(BLOCK_TOKENS, BLOCK_TOKENS) as run:
+            if run.row_cache() is None:
+                raise FirstLayerError(NO_CACHE.format(model.path))
 
     taken: list[Resources | None] = [None, None]
     if resources and sys.platform == "linux":
