@@ -43,6 +43,9 @@ def test_same_output_as_stock(name, load_mode, archs, tmp_path):
     load = {"sidecar": str(result.output), "load_mode": load_mode}
     ours, theirs = session(result.source, PATCHED, STEPS, load=load), session(result.source, STOCK, STEPS)
     assert all(map(np.array_equal, ours, theirs))
+    ((*uses,),) = run(PATCHED, {"run": "uses", "model": result.source, "load": load})
+    assert all(used for *_, used in uses)
+    assert len(uses) == len(result.sites)
 
 
 def test_source_in_parts(smollm, tmp_path):
