@@ -18,6 +18,7 @@ from gguf_firstlayer import __version__
 from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
 from gguf_firstlayer.hub import model_name
 from gguf_firstlayer.installation import build
+from gguf_firstlayer.output import Appeared
 from gguf_firstlayer.start import STOPPING
 from gguf_firstlayer.text import Printable, log, printable
 
@@ -72,7 +73,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
-    Caller.is_command_line, Caller.written = True, None
+    Caller.is_command_line, Appeared.last = True, None
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored in a background job, or under nohup
             signal.signal(number, _interrupt)
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     except FirstLayerError as err:
         return _fail(str(err), failure)
     except KeyboardInterrupt:
-        return _fail(f"interrupted, {Caller.written} is complete" if Caller.written else f"interrupted{interrupted}", failure)
+        return _fail(f"interrupted, {Appeared.last} is complete" if Appeared.last else f"interrupted{interrupted}", failure)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe
         return failure

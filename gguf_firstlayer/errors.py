@@ -22,9 +22,6 @@ class Caller:
 
     is_command_line = False
 
-    # the last file that appeared under its name
-    written: Path | None = None
-
 
 def option(name: str, value: object = None) -> str:
     """An argument of a verb as the caller spells it: `--type` and `--max-growth 5%`, or `type=...` and `max_growth='5%'`."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gguf_firstlayer.c_api import undisturbed
-from gguf_firstlayer.errors import Caller, FirstLayerError, option
+from gguf_firstlayer.errors import FirstLayerError, option
 
 try:
     import fcntl
@@ -25,6 +25,12 @@ SUFFIX = ".part"
 
 # a temporary folder, and the name of the output in it
 _FOLDER = re.compile(rf"\.(.+)\.[a-z0-9_]+{re.escape(SUFFIX)}")
+
+
+class Appeared:
+    """The last file that this process has written whole, which an interruption does not take back."""
+
+    last: Path | None = None
 
 
 def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = False, argument: str = "output") -> None:
@@ -88,7 +94,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             for part in parts:
                 _appear(part, output.with_name(part.name), force, undo)
             undo.pop_all()
-            Caller.written = output.with_name(parts[-1].name)
+            Appeared.last = output.with_name(parts[-1].name)
             _sync(output.parent)
     except OSError as err:
         if err.errno == errno.EFAULT:  # a page of a mapped file is gone
