@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ class Plans:
     """Plans of several models.
 
     Attributes:
-        plans: those that gain most in decoding first
+        plans: those that gain most in decoding first; where two files have one name, it has their folders
         refused: why the others have none, by name
     """
 
@@ -101,12 +102,12 @@ def plan_all(names: ModelName | Sequence[ModelName], *, type: str = "q8_0", devi
         FirstLayerError: a repository cannot be listed, or none of the models can be planned.
     """
     names = _expand([names] if isinstance(names, str | os.PathLike) else names)
-    plans: list[Plan] = []
+    plans: dict[str, Plan] = {}
     refused: dict[str, str] = {}
     with progress("planning", len(names), "model") as bar:
         for name in names:
             try:
-                plans.append(plan(name, type=type, device=device))
+                plans[str(name)] = plan(name, type=type, device=device)
             except UsageError:
                 raise
             except FirstLayerError as err:
@@ -114,7 +115,9 @@ def plan_all(names: ModelName | Sequence[ModelName], *, type: str = "q8_0", devi
             bar.update()
     if not plans:
         raise FirstLayerError(next(iter(refused.values()), "there is no GGUF model; name a file, a folder or a repository"))
-    return Plans(sorted(plans, key=lambda each: (-each.decode_bound, each.name)), refused)
+    alike = Counter(each.name for each in plans.values())
+    told_apart = [replace(each, name=name) if alike[each.name] > 1 else each for name, each in plans.items()]
+    return Plans(sorted(told_apart, key=lambda each: (-each.decode_bound, each.name)), refused)
 
 
 def _expand(names: Sequence[ModelName]) -> list[ModelName]:

@@ -111,6 +111,16 @@ def test_plans_of_a_single_name(llama):
     assert "--batch is for a single file" in refusal(cli("plan", llama, llama, "--batch", 7))
 
 
+def test_plans_of_files_with_one_name(llama, tmp_path):
+    """Fails if nobody can tell which line is of which file."""
+    others = [tmp_path / folder / llama.name for folder in ("a", "b")]
+    for path in others:
+        path.parent.mkdir()
+        path.symlink_to(llama)
+    named = {each.name for each in plan_all(tmp_path).plans}
+    assert named == {str(path) for path in others}
+
+
 def test_kept_weights_stay_on_a_device(llama, tmp_path):
     """Fails if they count as freed."""
     freed = [plan(llama, keep_weights=keep, device="h100").device.freed for keep in (False, True)]
