@@ -172,6 +172,22 @@ def test_training(keep_weights, archs, tmp_path):
     assert ("weights that were replaced by tables are not trained" in ours[2]) == (not keep_weights)
 
 
+@pytest.mark.parametrize("name", ["llama-dense", "qwen2vl-dense"], ids=["sidecar", "images"])
+def test_training_of_spares(name, archs, tmp_path):
+    """Weights that only other batches need are mapped from the file; training gives them memory. Oracle: stock llama.cpp.
+
+    Fails if they are written where they are mapped, which ends the process, or if a graph goes on reading them there.
+    """
+    source, sidecar = archs / f"{name}.gguf", name == "llama-dense"
+    output = convert(source, tmp_path / "x.gguf", type="f32", sidecar=sidecar).output
+    job = {"run": "training", "tokens": {"count": 20, "seed": 1}}
+    ours = job | ({"model": source, "load": {"sidecar": str(output)}} if sidecar else {"model": output})
+    (stock,), (found,) = both(lambda side: run(*side), (STOCK, job | {"model": source}), (PATCHED, ours))
+    assert np.array_equal(stock[0], found[0])
+    assert np.array_equal(stock[1], found[1])
+    assert not np.array_equal(stock[0], stock[1])
+
+
 def test_quantize_leaves_tables_alone(smollm, smollm_flp, tmp_path):
     """llama-quantize copies tables: they were quantized on purpose, or kept exact. Everything else is quantized."""
     small = tmp_path / "q8_0.gguf"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from architectures import PLM
 from attacks.any_sites import check
+from support.builds import Cached, compare
+from support.models import convert, without_attention
 
 from gguf_firstlayer.runtime import Analysis
 
@@ -38,3 +41,20 @@ def test_recipes_do_not_depend_on_the_batch(archs, monkeypatch):
             recipes.append([site.recipe for site in analysis.sites])
     assert recipes[0] == recipes[1] == recipes[2]
     assert any(recipe.startswith("view[256,*;offset=") for recipe in recipes[0])
+
+
+def test_a_model_that_depends_on_the_token_alone(tmp_path):
+    """Two hundred layers before the first attention. Oracle: stock llama.cpp.
+
+    Fails if a graph has less room since its weights are gone, which aborts, or if recipes reach through all layers, which takes
+    more stack than there is.
+    """
+    source = without_attention(tmp_path / "model.gguf", 200)
+    converted = convert(source, tmp_path / "x.gguf", type="f32")
+    assert converted.elided
+    job = {"run": "on_a_small_stack", "job": "logits", "tokens": {"count": 20, "seed": 1}, "batches": [1, 16]}
+    for ours in (converted.output, Cached(source)):
+        ((stock, found),) = compare(source, ours, job)
+        for size in job["batches"]:
+            assert np.allclose(stock[size], found[size], atol=1e-6)  # kernels round F32 products by the size of the batch
+    assert found["cache"]["n_hits"] > 0

@@ -19,6 +19,8 @@ from support.models import convert, rewrite
 from support.servers import prompt, serve, server
 
 from gguf_firstlayer import FirstLayerError, bench, inspect, sidecar_overrides, verify
+from gguf_firstlayer.c_api import library
+from gguf_firstlayer.runtime import Analysis
 
 TABLES = "the first layer comes from tables"
 
@@ -140,12 +142,15 @@ def test_tools(smollm, sidecar, monkeypatch):
     assert serve(smollm, chat, "--firstlayer", sidecar) == serve(smollm, chat)
 
 
-def test_draft_model_has_no_use_for_it(smollm, sidecar, tmp_path):
+@pytest.mark.parametrize("converted", [False, True])
+def test_draft_model_has_no_use_for_it(converted, smollm, sidecar, tmp_path):
     """llama.cpp gives the draft the same overrides as the model; the tables do not belong to the draft.
 
     Fails if the draft cannot be loaded, or takes them: then the model accepts other numbers of its tokens.
     """
     draft = _fine_tuned(smollm, tmp_path / "draft.gguf", "blk.0.attn_norm.weight")
+    if converted:
+        draft = convert(draft, tmp_path / "draft-flp.gguf", type="f32").output
     options = ["-md", draft, "--spec-type", "draft-simple", "-t", 1, "-c", 64]
     ask = [("/completion", {"prompt": "Once", "n_predict": 16, "temperature": 0})]
     ours, plain = (serve(smollm, ask, *options, *more) for more in (["--firstlayer", sidecar], []))
@@ -202,12 +207,15 @@ def test_what_is_no_sidecar(llama, llama_flp, tmp_path):
     absent = tmp_path / "absent.gguf"
     (failure,) = run(PATCHED, {"run": "load", "model": llama, "load": {"sidecar": str(absent)}})
     assert f"failed to open {absent}: No such file or directory" in failure
-    (failure,) = run(PATCHED, {"run": "load", "model": llama_flp, "load": {"sidecar": str(tables)}})
+    kept = convert(llama, tmp_path / "kept.gguf", type="f32", keep_weights=True).output
+    (failure,) = run(PATCHED, {"run": "load", "model": kept, "load": {"sidecar": str(tables)}})
     assert "tables of its own" in failure
 
 
 def test_refusals(llama, tmp_path):
     tables = convert(llama, tmp_path / "x_firstlayer.gguf", type="f32", sidecar=True).output
+    with library().loading(tables), Analysis(llama) as analysis:  # what this thread asks for is no concern of the analysis
+        assert analysis.sites
     assert "already converted" in refusal(cli("convert", tables))
     assert "cannot be split" in refusal(cli("convert", llama, "--sidecar", "--split-max-size", "1G"))
     with pytest.raises(FirstLayerError, match="itself converted"):

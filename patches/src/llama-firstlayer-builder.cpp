@@ -2,6 +2,7 @@
 
 #include "gguf.h"
 #include "llama-context.h"
+#include "llama-firstlayer-request.h"
 #include "llama-memory.h"
 
 #include <algorithm>
@@ -53,7 +54,8 @@ llama_model_ptr llama_firstlayer_load_metadata(const char * path_model, bool loa
         params.kv_overrides = overrides.data();
     }
 
-    llama_model_ptr res(llama_model_load_from_file(path_model, params));
+    const llama_firstlayer_no_request no_request;
+    llama_model_ptr                   res(llama_model_load_from_file(path_model, params));
     if (!res) {
         throw std::runtime_error("llama.cpp cannot load the model");
     }

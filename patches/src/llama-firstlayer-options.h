@@ -56,7 +56,8 @@ template <typename F> void llama_firstlayer_add_options(F && add_opt) {
                        [](common_params & params, const std::string & value) {
                            llama_firstlayer_override(params, "firstlayer.demand", value);
                        })
-                .set_env("LLAMA_ARG_DEMAND"));
+                .set_env("LLAMA_ARG_DEMAND")
+                .set_excludes({ LLAMA_EXAMPLE_TTS }));  // which samples from logits of a context that gives embeddings
 }
 
 //

@@ -5,9 +5,12 @@
 #include "llama-model-loader.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <cmath>
 #include <cstring>
+#include <locale>
+#include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 // overrides of a model, no keys of a file
@@ -32,6 +35,17 @@ void llama_firstlayer_set_demand(const char * what) {
     demand = what ? what : "none";
 }
 
+llama_firstlayer_no_request::llama_firstlayer_no_request() :
+    path_tables(std::exchange(::path_tables, "")),
+    cache_mib(std::exchange(::cache_mib, 0.0)),
+    demand(std::exchange(::demand, "none")) {}
+
+llama_firstlayer_no_request::~llama_firstlayer_no_request() {
+    ::path_tables = path_tables;
+    ::cache_mib   = cache_mib;
+    ::demand      = demand;
+}
+
 // An override holds 127 bytes, so a long path comes in several.
 static std::string requested_tables(const llama_model_loader & ml) {
     std::string res = path_tables;
@@ -50,14 +64,9 @@ static std::string requested_tables(const llama_model_loader & ml) {
     return res;
 }
 
-// MiB for a cache, negative for "auto"
-static double requested_cache(const llama_model_loader & ml) {
-    const auto it = ml.kv_overrides.find(KV_CACHE);
-    if (it == ml.kv_overrides.end()) {
-        return cache_mib;
-    }
-    const auto & value = it->second;
-    double       mib   = -1.0;
+// MiB for a cache, negative for "auto", NaN if it is neither
+static double parse_cache(const llama_model_kv_override & value) {
+    double mib = NAN;
     if (value.tag == LLAMA_KV_OVERRIDE_TYPE_INT) {
         mib = value.val_i64;
     } else if (value.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT) {
@@ -66,11 +75,19 @@ static double requested_cache(const llama_model_loader & ml) {
         if (strcmp(value.val_str, "auto") == 0) {
             return -1.0;
         }
-        char * end;
-        mib = strtod(value.val_str, &end);
-        mib = *value.val_str && !*end ? mib : -1.0;
+        std::istringstream in(value.val_str);
+        in.imbue(std::locale::classic());
+        if (!(in >> mib) || !in.eof()) {
+            return NAN;
+        }
     }
-    if (!(mib >= 0.0 && mib <= 1024.0 * 1024.0)) {
+    return mib < 0.0 ? NAN : mib;
+}
+
+static double requested_cache(const llama_model_loader & ml) {
+    const auto   it  = ml.kv_overrides.find(KV_CACHE);
+    const double mib = it == ml.kv_overrides.end() ? cache_mib : parse_cache(it->second);
+    if (!(mib <= 1024.0 * 1024.0)) {
         throw std::runtime_error(format("override '%s' must be a number of MiB or \"auto\"", KV_CACHE));
     }
     return mib;

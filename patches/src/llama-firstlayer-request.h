@@ -12,5 +12,16 @@ struct llama_firstlayer_request {
     bool        check_tables;  // all rows, not only some
 };
 
+// While it exists, this thread asks for nothing: not for the models that the analysis loads.
+struct llama_firstlayer_no_request {
+    llama_firstlayer_no_request();
+    ~llama_firstlayer_no_request();
+
+  private:
+    const std::string path_tables;
+    const double      cache_mib;
+    const std::string demand;
+};
+
 // Throws std::runtime_error if an override has no such meaning.
 llama_firstlayer_request llama_firstlayer_get_request(const llama_model_loader & ml);

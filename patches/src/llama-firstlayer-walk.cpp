@@ -125,9 +125,10 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
         pure        = pure || cur.kind == PURITY_PURE;
         constant    = constant && cur.kind == PURITY_CONSTANT;
         res.product = res.product || cur.product;
+        res.depth   = std::max(res.depth, cur.depth + 1);
     }
 
-    if (n_src == 0) {
+    if (n_src == 0 || res.depth > MAX_DEPTH) {
         return res;
     }
 

@@ -41,6 +41,10 @@ struct llama_firstlayer_walk {
 
     using tensor_set = std::unordered_set<const ggml_tensor *>;
 
+    // Deeper expressions count as impure. The deepest one of llama.cpp's architectures has 29 levels; a hostile model could let
+    // recipes, whose printing takes stack and time for each level, reach through all of its layers.
+    static constexpr int MAX_DEPTH = 128;
+
     // weights: all of the model's; kept by reference
     llama_firstlayer_walk(const llm_graph_result & res, const tensor_set & weights, const ggml_tensor * tok_embd);
 
@@ -103,6 +107,7 @@ struct llama_firstlayer_walk {
         uint8_t axes    = 0;      // bit d: the tokens extend along axis d. Axes of size 1 may be included: that is
                                   // harmless, and without them a batch of one token would look different
         size_t  stride  = 0;      // bytes between tokens if the values of a token lie together in memory, 0 otherwise
+        int     depth   = 0;      // of the expression that computes it
     };
 
     const info &             get(const ggml_tensor * t) const;

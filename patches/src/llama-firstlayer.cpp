@@ -151,6 +151,36 @@ bool llama_firstlayer::is_trained() const {
                        [](const ggml_tensor * t) { return t->flags & GGML_TENSOR_FLAG_PARAM; });
 }
 
+bool llama_firstlayer::own_trained_spares(const llama_model & model) {
+    const ggml_init_params params = {
+        /*.mem_size   =*/ggml_tensor_overhead() * spares.size(),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
+    };
+    ctx_trained.reset(ggml_init(params));
+
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> copies;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        if ((t->flags & GGML_TENSOR_FLAG_PARAM) && spares.count(name)) {
+            copies.emplace_back(t, ggml_dup_tensor(ctx_trained.get(), t));
+        }
+    }
+    if (copies.empty()) {
+        return true;
+    }
+    buf_trained.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_trained.get(), ggml_backend_cpu_buffer_type()));
+    if (!buf_trained) {
+        return false;
+    }
+    ggml_backend_buffer_set_usage(buf_trained.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    for (const auto & [t, copy] : copies) {
+        ggml_backend_tensor_copy(t, copy);
+        t->buffer = copy->buffer;
+        t->data   = copy->data;
+    }
+    return true;
+}
+
 // has no tensor in the graph: it prefetches the rows of each batch's tokens before they are looked up, where they are mapped
 struct llm_graph_input_firstlayer : llm_graph_input_i {
     llm_graph_input_firstlayer(const llama_firstlayer & owner, llama_firstlayer::table & table) :
@@ -341,11 +371,19 @@ ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_gr
         return gf;
     }
     if (!observe && is_trained()) {
+        if (!saw_training.exchange(true)) {
+            if (!phantoms.empty()) {
+                LLAMA_LOG_WARN("%s: weights that were replaced by tables are not trained\n", __func__);
+            }
+            if (!own_trained_spares(model)) {
+                LLAMA_LOG_ERROR("%s: there is no memory for weights that are trained\n", __func__);
+                return nullptr;
+            }
+            params.res->reset();  // it may have views of the spares
+            return model.build_graph(params);
+        }
         if (phantoms.empty()) {
             return gf;
-        }
-        if (!told_training.exchange(true)) {
-            LLAMA_LOG_WARN("%s: weights that were replaced by tables are not trained\n", __func__);
         }
     }
 

@@ -203,7 +203,7 @@ LLAMA_API const struct llama_model * llama_firstlayer_run_get_model(const struct
 // what a loaded model uses
 //
 
-// 0 if the model was not converted
+// of the model's tables, or of its row cache; 0 if it has neither
 LLAMA_API int32_t llama_model_firstlayer_n_sites(const struct llama_model * model);
 
 LLAMA_API int32_t llama_model_firstlayer_get_site(const struct llama_model *     model,
@@ -319,6 +319,9 @@ struct llama_firstlayer {
     // Build graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
 
+    // number of weights that graphs have nodes for, but the model has not
+    size_t n_phantoms() const { return phantoms.size(); }
+
     // Whether the loaded model can be written to a file; logs an error if not.
     bool can_save() const;
 
@@ -400,7 +403,13 @@ struct llama_firstlayer {
 
     bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
 
+    // Give the spares that are trained memory of their own: they are mapped from the file, so nothing can be written to them.
+    // Returns false if there is none.
+    bool own_trained_spares(const llama_model & model);
+
     ggml_context_ptr                               ctx_phantom;
+    ggml_context_ptr                               ctx_trained;
+    ggml_backend_buffer_ptr                        buf_trained;
     ggml_context_ptr                               ctx_constants;
     ggml_backend_buffer_ptr                        buf_constants;
     std::vector<ggml_tensor *>                     constants;  // F32 [row width, n_tokens] for each table, if used
@@ -412,7 +421,7 @@ struct llama_firstlayer {
     bool                                           is_sidecar = false;
     bool                                           lazy       = false;  // tables and spares are mapped lazily
     std::unique_ptr<llm_graph_result>              res_encoder;         // the last encoder graph built here
-    std::atomic<bool>                              told_training = false;
+    std::atomic<bool>                              saw_training = false;
 };
 
 #endif

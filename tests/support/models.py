@@ -72,6 +72,43 @@ def write_archs(folder: Path) -> None:
     )
 
 
+def without_attention(path: Path, layers: int) -> Path:
+    """A random model whose layers do not attend, but for the last one, so nearly all of it depends on the token alone."""
+    width, vocabulary = 32, 64
+    generator = np.random.default_rng(layers)
+    writer = GGUFWriter(path, "deci")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(vocabulary)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length([width] * layers)
+    writer.add_head_count([1] * layers)
+    writer.add_head_count_kv([0] * (layers - 1) + [1])
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(f"{name}.weight", generator.normal(0, 0.1, shape).astype(np.float32))
+
+    add("token_embd", vocabulary, width)
+    add("output", vocabulary, width)
+    add("output_norm", width)
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{norm}", width)
+        attention = ("attn_q", "attn_k", "attn_v") if layer == layers - 1 else ()
+        for product in ("attn_output", "ffn_gate", "ffn_up", "ffn_down", *attention):
+            add(f"blk.{layer}.{product}", width, width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def lora(path: Path, tensor: str, rows: int, columns: int) -> Path:
     """A random rank-4 adapter for one weight [columns, rows]; for an embedding, which is looked up, [rows, columns]."""
     generator = np.random.default_rng(rows + columns + len(tensor))
