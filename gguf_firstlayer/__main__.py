@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # the terminal may be closed
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we say in one sentence what its warnings tell of each attempt
     failure, interrupted = 1, ""
     try:
         parser = _parser()

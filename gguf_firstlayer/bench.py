@@ -25,7 +25,7 @@ from gguf_firstlayer.estimate import bound
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
-from gguf_firstlayer.pair import NO_CACHE, Files, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import NO_CACHE, Files, cache_size, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
 from gguf_firstlayer.runtime import Analysis, Site
@@ -397,7 +397,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `bench`."""
     parser.add_argument("source", type=model_name, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=model_name, nargs="?", metavar="CONVERTED.gguf")
-    parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
+    parser.add_argument(
+        "--cache", type=cache_size, nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source"
+    )
     parser.add_argument("--demand", metavar="WHAT", help=HELP)
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--batch", type=numbers, metavar="N,...", help="tokens per batch (default: 1,512; embedded, 64,512)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 
 from gguf_firstlayer import file_format
@@ -63,7 +64,8 @@ def _word(file: Source, key: str) -> str | None:
 
 def _base(file: Source) -> str | None:
     """The repository of a file's source, from its place in the Hub's cache, or from its keys."""
-    for part in file.path.absolute().parts:
+    is_own = file.path.is_symlink() and not file_format.is_sidecar(file)  # it was itself downloaded from there
+    for part in () if is_own else file.path.absolute().parts:
         if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
             return f"{match[1]}/{match[2]}"
     for key in _ADDRESSES:
@@ -102,7 +104,8 @@ def _text(
         lines.append(f"| its source | {size_text(sum(origin.sizes))} |")
     if elided:
         freed = size_text(sum(weight.bytes for weight in elided))
-        lines.append(f"| {count(len(elided), 'weight')} that {'are' if len(elided) > 1 else 'is'} not loaded | {freed} |")
+        left_out = f"that {'are' if len(elided) > 1 else 'is'} not loaded" if is_sidecar else "left out"
+        lines.append(f"| {count(len(elided), 'weight')} {left_out} | {freed} |")
     return "\n".join([*lines, "", *_effect(file_format.read_measurement(file), types), "", *_usage(file, is_sidecar), ""])
 
 
@@ -123,12 +126,13 @@ def _effect(measured: file_format.Measurement | None, types: str) -> list[str]:
 def _usage(file: Source, is_sidecar: bool) -> list[str]:
     """How to run it."""
     if not is_sidecar:
-        return ["```sh", f"gguf-firstlayer run server -m {file.path.name}", "```"]
+        return ["```sh", f"gguf-firstlayer run server -m {shlex.quote(file.path.name)}", "```"]
     source, told = "SOURCE.gguf", "Run it with its source; of a split model, give the first part."
     if file.path.stem.endswith("_firstlayer"):
         told += " `-hf` takes both if they are in one repository, where this one is named after the other."
         source = f"{file.path.stem.removesuffix('_firstlayer')}.gguf"
-    return [told, "", "```sh", f"gguf-firstlayer run server -m {source} --firstlayer {file.path.name}", "```"]
+    command = shlex.join(["gguf-firstlayer", "run", "server", "-m", source, "--firstlayer", file.path.name])
+    return [told, "", "```sh", command, "```"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,6 +181,8 @@ def _prepare(
         raise UsageError(f"{split_max_size} is not a size of parts; give one like 500M or 2G")
     if sidecar and split_max_size is not None:
         raise UsageError(f"a sidecar cannot be split; leave out {option('split_max_size')}")
+    if output is not None:
+        check(Path(output), [], force, parts=split_max_size is not None)  # before a download
     model = Source(local(source))
     growth = read_growth(max_growth, model.bytes)
     if model.get_field(file_format.KEY_VERSION) is not None:

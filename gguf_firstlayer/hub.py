@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from gguf_firstlayer.errors import FirstLayerError, UsageError
+from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
 from gguf_firstlayer.source import Source, part_name, without_data
+from gguf_firstlayer.start import STOPPING
 from gguf_firstlayer.text import log
 
 T = TypeVar("T")
@@ -26,6 +29,10 @@ ModelName = str | os.PathLike[str]
 HUB = "hf:"
 _REMOTE = re.compile(r"hf:|https?://")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)|/(.+\.gguf))?")
+
+# addresses at the Hub: of a file, and of the page of a repository, which people copy from their browsers
+_FILE = re.compile(r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)")
+_PAGE = re.compile(r"/([\w.-]+/[\w.-]+)(?<!\.gguf)(?:/tree/main)?/?")
 
 # what `-hf` of llama.cpp takes if no quantization is named, and names of files that it takes for no model
 # (common/download.cpp); and those of converted files, which may have been written beside their sources
@@ -52,7 +59,13 @@ def is_remote(name: ModelName) -> bool:
 
 
 def model_name(text: str) -> ModelName:
-    """A model as an argument of the command line."""
+    """A model as an argument of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, as if a variable of the shell is not set.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a model is empty")
     return text if is_remote(text) else Path(text)
 
 
@@ -68,7 +81,7 @@ def local(name: ModelName) -> Path:
         FirstLayerError: there is no such model, this user may not read it, the server cannot be reached, or the disk refuses.
     """
     if not is_remote(name):
-        return Path(name)
+        return _here(name)
     with _keeping(name):
         parts = _parts(str(name))
         if parts[0].repository:
@@ -83,7 +96,7 @@ def local(name: ModelName) -> Path:
 def header(name: ModelName) -> Path:
     """The same, but only its first megabytes are read, which hold its metadata, unless it was downloaded before."""
     if not is_remote(name):
-        return Path(name)
+        return _here(name)
     with _keeping(name):
         parts = _parts(str(name))
         cached = [_cached(part) for part in parts]
@@ -91,8 +104,19 @@ def header(name: ModelName) -> Path:
             return Path(str(cached[0]))
         versions = [_version(part) for part in parts]
         folder = _folder(versions)
+        whole = [folder / part.local_name for part in parts]
+        if all(path.exists() for path in whole):
+            return whole[0]
         paths = [_read_header(version, folder) for version in versions]
         return paths[0]
+
+
+def _here(name: ModelName) -> Path:
+    """A file of this machine, which other processes can open, too."""
+    path = Path(name)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FirstLayerError(f"{name} is not a regular file; save it to one first")
+    return path.resolve() if path.parts[:2] == ("/", "dev") else path  # other processes have other streams
 
 
 @contextmanager
@@ -109,11 +133,12 @@ def _keeping(name: ModelName) -> Iterator[None]:
 
 def models(name: str) -> list[str]:
     """The models of `hf:user/repo`, each as `hf:user/repo/file.gguf`. The name of one model stands for itself."""
-    match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
-    if not match or match[2] or match[3]:
-        return [name]
     with _keeping(name):
-        return [f"{HUB}{match[1]}/{file}" for file in models_among(_list(name, match[1]))]
+        name = _of_page(name)
+        match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
+        if not match or match[2] or match[3]:
+            return [name]
+        return [f"{HUB}{match[1]}/{file}" for file in models_among(_list(name, match[1]).files)]
 
 
 def models_among(files: list[str]) -> list[str]:
@@ -156,7 +181,7 @@ class _Remote(NamedTuple):
     @property
     def local_name(self) -> str:
         """The same, as every system takes it for the name of a file."""
-        return re.sub(r"[^\w.-]", "_", self.basename)
+        return re.sub(r"[^\w.-]", "_", self.basename).lstrip(".") or "model.gguf"
 
 
 def _parts(name: str) -> list[_Remote]:
@@ -171,12 +196,9 @@ def _parts(name: str) -> list[_Remote]:
 
 def _find(name: str) -> _Remote:
     """The file that a name means; of a split model, its first part."""
-    from huggingface_hub import constants
-
+    name = _of_page(name)
     if not name.startswith(HUB):
-        address, pattern = urlsplit(name), r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)"
-        at_hub = address.netloc in (urlsplit(constants.ENDPOINT).netloc, "huggingface.co")
-        match = re.fullmatch(pattern, unquote(address.path)) if at_hub else None
+        match = _FILE.fullmatch(_path_at_hub(name))
         return _Remote(name, match[1], match[2], match[3]) if match else _Remote(name, "", "", name)
 
     match = _REPOSITORY.fullmatch(name.removeprefix(HUB))
@@ -184,25 +206,53 @@ def _find(name: str) -> _Remote:
         raise UsageError(f"'{name}' is no model on the Hub; give {HUB}USER/REPOSITORY, and perhaps :QUANTIZATION or /FILE.gguf")
     repository, quantization, file = match.groups()
     if file is None:
-        found = models_among(_list(name, repository))
+        listing = _list(name, repository)
+        found = models_among(listing.files)
         wanted = [rf"{re.escape(quantization)}[.-]"] if quantization else [*(f"{each}[.-]" for each in _DEFAULTS), ""]
         fits = [file for pattern in wanted for file in found if re.search(pattern, file, re.IGNORECASE)]
         if not fits:
-            offered = f"; it has {', '.join(PurePosixPath(each).name for each in found)}" if found else ""
-            raise FirstLayerError(f"{name}: the repository has no such GGUF model{offered}")
+            names = ", ".join(PurePosixPath(each).name for each in found)
+            if not listing.is_whole:
+                raise FirstLayerError(
+                    f"{name} was not downloaded, as were {names or 'no models'}; connect to the Hub to get it"
+                )
+            raise FirstLayerError(f"{name}: the repository has no such GGUF model{names and f'; it has {names}'}")
         file = fits[0]
     return _Remote(name, repository, "main", file)
 
 
-def _list(name: str, repository: str) -> list[str]:
-    """The files of a repository; offline, those that were downloaded."""
+def _path_at_hub(url: str) -> str:
+    """The path of a URL, "" if that is not of the Hub."""
+    from huggingface_hub import constants
+
+    address = urlsplit(url)
+    if not address.hostname or address.port == 0:  # or the port is no number, which raises a ValueError
+        raise UsageError(f"{url} is no address of a file")
+    at_hub = address.netloc in (urlsplit(constants.ENDPOINT).netloc, "huggingface.co", "hf.co")
+    return unquote(address.path) if at_hub else ""
+
+
+def _of_page(name: str) -> str:
+    """The repository whose page this is, or the name itself."""
+    match = None if name.startswith(HUB) else _PAGE.fullmatch(_path_at_hub(name))
+    return f"{HUB}{match[1]}" if match else name
+
+
+class _Listing(NamedTuple):
+    """Files of a repository: all, or, where the Hub cannot be asked, those that were downloaded."""
+
+    files: list[str]
+    is_whole: bool
+
+
+def _list(name: str, repository: str) -> _Listing:
     from huggingface_hub import HfApi, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
         files = _ask(name, lambda: [entry.path for entry in HfApi().list_repo_tree(repository, recursive=True)])
-        return [file for file in files if file.isprintable()]  # they are shown on terminals
-    except _OfflineError:
+        return _Listing([file for file in files if file.isprintable()], True)  # they are shown on terminals
+    except _NoAnswerError:
         try:
             revisions = [
                 revision
@@ -215,7 +265,8 @@ def _list(name: str, repository: str) -> list[str]:
             revisions = []
         if not revisions:
             raise
-        return [str(PurePosixPath(file.file_path.relative_to(revisions[0].snapshot_path))) for file in revisions[0].files]
+        found = [str(PurePosixPath(file.file_path.relative_to(revisions[0].snapshot_path))) for file in revisions[0].files]
+        return _Listing(found, False)
 
 
 def _download_from_hub(remote: _Remote) -> Path:
@@ -243,6 +294,8 @@ def _download(version: _Version, folder: Path) -> Path:
         if size is not None and partial.stat().st_size != size:
             raise OSError(f"{partial.stat().st_size} of {size} bytes came")
 
+    if path.exists():  # perhaps where no lock can be made
+        return path
     with WeakFileLock(folder / f"{remote.local_name}.lock"):
         if not path.exists():
             with _announced(remote):
@@ -265,6 +318,8 @@ def _read_header(version: _Version, folder: Path) -> Path:
 
     remote, size = version.remote, version.size
     path, partial = folder / "headers" / remote.local_name, folder / f"{remote.local_name}.header"
+    if path.exists():  # likewise
+        return path
     path.parent.mkdir(exist_ok=True)
     with WeakFileLock(folder / f"{remote.local_name}.lock"), _without_bars():
         if not path.exists():
@@ -312,12 +367,25 @@ class _Part(io.BytesIO):
 @contextmanager
 def _announced(remote: _Remote) -> Iterator[None]:
     """A progress bar on a terminal, which huggingface_hub draws; elsewhere one line at the start."""
-    if sys.stderr.isatty():
-        yield
-    else:
-        log.info("%s: downloading %s unless it is there", remote.name, remote.basename)
-        with _without_bars():
+    with _ending_at_once():
+        if sys.stderr.isatty():
             yield
+        else:
+            log.info("%s: downloading %s unless it is there", remote.name, remote.basename)
+            with _without_bars():
+                yield
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command line: hf_xet keeps Python from handling them, and a download goes on later."""
+    ours = [number for number in STOPPING if number != signal.SIGINT and callable(signal.getsignal(number))]
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ours if Caller.is_command_line}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -376,15 +444,15 @@ def _folder(versions: list[_Version]) -> Path:
         raise NotADirectoryError(str(err)) from err
 
 
-class _OfflineError(FirstLayerError):
-    """HF_HUB_OFFLINE is set."""
+class _NoAnswerError(FirstLayerError):
+    """The server cannot be reached, or HF_HUB_OFFLINE is set."""
 
 
 def _ask(name: str, call: Callable[[], T]) -> T:
     """Ask a server, and again if it is busy or the connection breaks.
 
     Raises:
-        FirstLayerError: it refuses, or cannot be reached; `_OfflineError` if the user wants no connections.
+        FirstLayerError: it refuses; `_NoAnswerError` if it cannot be reached, or the user wants no connections.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -396,11 +464,15 @@ def _ask(name: str, call: Callable[[], T]) -> T:
         except (KeyError, TypeError, RecursionError) as err:
             raise FirstLayerError(f"{name}: the server's answer is malformed; check the name") from err
         except Exception as err:
-            if not isinstance(err, OSError) and type(err).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
+            # hf_xet raises a RuntimeError for most of its errors
+            is_known = isinstance(err, OSError | RuntimeError) or type(err).__module__.partition(".")[0] in _HTTP_LIBRARIES
+            if not is_known:
                 raise
             reason = err.__cause__ if isinstance(err, LocalEntryNotFoundError) and err.__cause__ else err
             if isinstance(reason, OfflineModeIsEnabled):
-                raise _OfflineError(f"{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set") from err
+                raise _NoAnswerError(
+                    f"{name} is not among what was downloaded from the Hub, and HF_HUB_OFFLINE is set"
+                ) from err
             response = getattr(reason, "response", None)
             status = response.status_code if response is not None else None
             if isinstance(reason, OSError) and reason.errno and not isinstance(reason, HfHubHTTPError | ConnectionError):
@@ -430,8 +502,10 @@ def _refuse(name: str, reason: BaseException, status: int | None) -> NoReturn:
         told = "does not exist, or is private; check its name, or set HF_TOKEN to a token that may read it"
     elif status == 404:
         told = "does not exist; check its name"
+    elif isinstance(reason, RuntimeError):
+        told = f"cannot be downloaded ({reason}); run this again to go on"
     elif status is None:
-        told = "cannot be reached; check the connection, and run this again to go on"
+        raise _NoAnswerError(f"{name} cannot be reached; check the connection, and run this again to go on") from reason
     else:
         told = f"cannot be read: {_status(status)}; try again later"
     raise FirstLayerError(f"{name} {told}") from reason

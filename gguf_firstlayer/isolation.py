@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from gguf_firstlayer.errors import UNREADABLE, Caller, FirstLayerError
-from gguf_firstlayer.start import imported_from
+from gguf_firstlayer.start import STOPPING, imported_from
 
 T = TypeVar("T")
+
+# seconds that a child has to remove what it has written, when it is interrupted
+CLEAN_UP = 5.0
 
 # With -I and -c, Python imports nothing from the working directory, from environment variables or from the user's own folder.
 # The child gets its parent's import path, and this package from its own folder, which need not be on that path
@@ -36,14 +39,20 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
         FirstLayerError: the function raises it, an OSError or a MemoryError, or llama.cpp aborts.
     """
     code = _CHILD.format(path=imported_from(), folder=str(Path(__file__).resolve().parent))
-    child = subprocess.run(
+    child = subprocess.Popen(
         [sys.executable, "-I", "-c", code],
-        input=pickle.dumps((Caller.is_command_line, function, path)),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # on an abort, ggml would start a debugger, which would hold up the child
     )
+    try:
+        answer, told = child.communicate(pickle.dumps((Caller.is_command_line, function, path)))
+    except BaseException:
+        _end(child)
+        raise
     if child.returncode != 0:
-        lines = child.stderr.decode(errors="replace").splitlines()
+        lines = told.decode(errors="replace").splitlines()
         if child.returncode == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
             raise FirstLayerError(f"{path}: {UNREADABLE}")
         if child.returncode == -getattr(signal, "SIGKILL", 0):
@@ -52,7 +61,7 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
             raise FirstLayerError(f"{path} cannot be analysed ({lines[-1]}); please report this")
         asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
         raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
-    result = pickle.loads(child.stdout)
+    result = pickle.loads(answer)
     if isinstance(result, MemoryError):
         raise FirstLayerError(f"{path}: out of memory; close other programs, or use a smaller model") from result
     if isinstance(result, OSError):
@@ -62,8 +71,21 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
     return cast(T, result)
 
 
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a child, which first removes what it has written."""
+    child.terminate()
+    try:
+        child.communicate(timeout=CLEAN_UP)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+
+
 def serve() -> None:
     """The child's side of `isolated`."""
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     Caller.is_command_line, function, path = pickle.load(sys.stdin.buffer)
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)  # whatever libraries print is no part of the answer

@@ -49,13 +49,16 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
     if output.is_dir() or not output.parent.is_dir():
         raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
     if not os.access(output.parent, os.W_OK):
-        raise FirstLayerError(f"{output} cannot be written: nothing can be written to its folder")
+        raise FirstLayerError(
+            f"{output} cannot be written: nothing can be written to its folder; choose another name with {option(argument)}"
+        )
     pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
     for path in sorted(output.parent.glob(pattern)) if parts else [output]:
         # a link itself is replaced, not its target; so even a dangling link counts as existing
         if not os.path.lexists(path):
             continue
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        is_stream = path.is_symlink() and os.readlink(path).startswith("/proc/")  # like /dev/stdout, which must stay
+        if is_stream or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
             raise FirstLayerError(f"{path} is not a regular file; choose another name with {option(argument)}")
         if path.exists() and any(path.samefile(source) for source in sources):
             raise FirstLayerError(f"{path} is an input; choose another name with {option(argument)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -69,8 +70,8 @@ def open_source(path: Path, refusal: str = "is converted; give the original mode
     return source
 
 
-def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
-    """A model, a file with tables for it, and the files to run with these tables.
+def open_pair(source: Path, converted: Path, pooling: str | None = None) -> tuple[Source, Source, Files]:
+    """A model, a file with tables for it, and the files to run with these tables; with a pooling, for embeddings.
 
     Raises:
         FirstLayerError: one of them cannot be read, or is of the wrong kind.
@@ -78,8 +79,8 @@ def open_pair(source: Path, converted: Path) -> tuple[Source, Source, Files]:
     model, tables = open_source(source, "is itself converted; give the original model first"), Source(converted)
     if tables.get_field(file_format.KEY_VERSION) is None:
         raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
-    files = Files((model, tables) if file_format.is_sidecar(tables) else (tables,))
-    isolated(partial(_loads, files.tables), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
+    files = Files((model, tables) if file_format.is_sidecar(tables) else (tables,), pooling=pooling)
+    isolated(partial(_loads, files.options), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
     return model, tables, files
 
 
@@ -108,12 +109,25 @@ def parse_cache(text: str) -> float:
     return size
 
 
+def cache_size(text: str) -> str:
+    """The same as an argument of the command line, kept as text.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no size, perhaps since the option stands before a model.
+    """
+    try:
+        parse_cache(text)
+    except UsageError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not the size of a cache; put --cache after the model") from None
+    return text
+
+
 def context_length(model: Source) -> int:
     """Context length that a model was trained for; beyond it, llama.cpp may abort."""
     length = model.value(f"{model.architecture}.context_length")
     return length if isinstance(length, int) and length > 0 else 1 << 31
 
 
-def _loads(tables: Path | None, path: Path) -> None:
+def _loads(options: dict[str, Any], path: Path) -> None:
     """Called through `isolated`, since llama.cpp may abort on a malformed file."""
-    Decoder(path, 16, 16, tables=tables).close()
+    Decoder(path, 16, 16, **options).close()

@@ -17,7 +17,7 @@ from gguf_firstlayer.demand import N_TOKENS
 from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan, parse_device
 from gguf_firstlayer.errors import FirstLayerError, UsageError
 from gguf_firstlayer.estimate import BATCHES, PROMPT_TOKENS, TEXT_TOKENS, Plan, cached, estimate
-from gguf_firstlayer.hub import HUB, ModelName, header, model_name, models, models_among
+from gguf_firstlayer.hub import ModelName, header, is_remote, model_name, models, models_among
 from gguf_firstlayer.selection import describe_price
 from gguf_firstlayer.shape import MAX_NUMBER, Shape, parse_shape
 from gguf_firstlayer.text import change_text, count, log, numbers, printable, progress, show, show_table, size_text, to_json
@@ -123,12 +123,24 @@ def plan_all(names: ModelName | Sequence[ModelName], *, type: str = "q8_0", devi
 def _expand(names: Sequence[ModelName]) -> list[ModelName]:
     found: list[ModelName] = []
     for name in names:
-        if isinstance(name, str) and name.startswith(HUB):
-            found += models(name)
+        if is_remote(name):
+            found += models(str(name))
         elif Path(name).is_dir():
-            found += map(Path, models_among([str(path) for path in Path(name).rglob("*.gguf")]))
+            found += map(Path, models_among(_files(name)))
         else:
             found.append(name)
+    return found
+
+
+def _files(folder: ModelName) -> list[str]:
+    """The files in a folder and those below it, links to folders included."""
+    found, seen = list[str](), set[str]()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(path)) in seen:
+            folders.clear()
+        else:
+            seen.add(place)
+            found += [os.path.join(path, file) for file in files]
     return found
 
 
@@ -310,7 +322,7 @@ def main(args: argparse.Namespace) -> int:
             print(to_json(plans))
         else:
             _show_all(plans, args.csv)
-        return 0
+        return 1 if any(str(name) in plans.refused for name in args.paths) else 0
     model = names[0] if names else parse_shape(args.shape).cost_model()
     show(plan(model, type=args.type, batches=args.batch, device=args.device), args.json, text)
     return 0

@@ -16,7 +16,7 @@ from gguf_firstlayer.hub import is_remote, local
 from gguf_firstlayer.installation import TOOLS, paths
 
 # options of the tools that take a model
-_MODEL = ("-m", "--model", "-md", "--model-draft", "--spec-draft-model", "--firstlayer")
+_MODEL = ("-m", "--model", "-md", "--model-draft", "--spec-draft-model", "--firstlayer", "-mm", "--mmproj", "--lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

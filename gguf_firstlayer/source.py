@@ -73,6 +73,10 @@ def _validate(path: Path) -> Extent:
             magic = file.read(8)
     except OSError as err:
         raise FirstLayerError(f"{path} cannot be read: {err.strerror}") from err
+    if magic == b"version ":
+        raise FirstLayerError(f"{path} is only a pointer of Git LFS; get the file itself with git lfs pull")
+    if magic[:4] == b"GGUF" and len(magic) < 8:
+        raise FirstLayerError(f"{path} is truncated; download or create it again")
     if magic[:4] != b"GGUF":
         raise FirstLayerError(f"{path} is not a GGUF file; convert the model with llama.cpp's convert_hf_to_gguf.py first")
     if magic[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):

@@ -104,7 +104,10 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if is_terminal else 10_000, highlight=False).print(table)
+    console = Console(highlight=False)
+    if not is_terminal or console.measure(table).maximum > console.width:
+        console.width = 10_000  # the terminal wraps long lines, and keeps all of their figures
+    console.print(table)
 
 
 class Printable(logging.Formatter):

@@ -19,7 +19,7 @@ from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_deman
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.pair import NO_CACHE, Files, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import NO_CACHE, Files, cache_size, context_length, open_cached, open_pair, open_source, parse_cache
 from gguf_firstlayer.recompute import added, changed, check_rows, foreign
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
@@ -29,6 +29,8 @@ from gguf_firstlayer.text import count, log, show
 FAILURE = 2
 
 N_TOKENS = 4096
+# characters of a text that give as many tokens as wanted, or else all of it is taken
+TOKEN_LENGTH = 64
 # tokens of a chunk of the text; its second half is scored, as in llama-perplexity
 CHUNK, LEAST_CHUNK = 512, 8
 
@@ -159,7 +161,9 @@ def verify(
         return _verify_demand(local(source), demand, pooling, text, tokens)
     if converted is None:
         return _verify_cache(local(source), parse_cache(str(cache)), text, tokens)
-    model, tables, files = open_pair(local(source), local(converted))
+    path = local(source)
+    pooling = own_pooling(Source(path)) if isolated(_gives_no_logits, path) else None
+    model, tables, files = open_pair(path, local(converted), pooling)
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
         by_recipe = {site.recipe: site for site in analysis.sites}
@@ -169,6 +173,11 @@ def verify(
         ids, begin = _text_tokens(analysis, text, tokens)
         n_rows, same, problems = check_rows(analysis, tables, all_rows)
         problems += [] if file_format.is_sidecar(tables) else changed(model, tables)
+        found = Verification(
+            model.path, tables.path, problems, rows_checked=n_rows, rows_same=same, sample=text is None, tokens=len(ids)
+        )
+        if pooling:
+            return _verify_embeddings(replace(found, pooling=pooling), files, ids, begin, _chunk(model, analysis, ids))
         kld_of_tables = added(model.path, analysis, tables, ids[: auto.N_TOKENS])
 
     measurement = file_format.read_measurement(tables)
@@ -193,19 +202,23 @@ def verify(
         problems.append(
             f"the output differs by {excess:.1e} ± {excess_error:.1e} nats: give a longer text, to tell whether by chance"
         )
-    return Verification(
-        model.path,
-        tables.path,
-        problems,
-        rows_checked=n_rows,
-        rows_same=same,
-        sample=text is None,
-        tokens=len(ids),
-        kld_added=kld_added,
-        kld_added_error=kld_added_error,
-        kld_bound=bound,
-        **scores.figures(),
-    )
+    return replace(found, kld_added=kld_added, kld_added_error=kld_added_error, kld_bound=bound, **scores.figures())
+
+
+def _verify_embeddings(
+    found: Verification,
+    files: Files,
+    ids: npt.NDArray[np.int32],
+    begin: npt.NDArray[np.int32],
+    longest: int,
+) -> Verification:
+    """Compare what a model without logits gives instead."""
+    vectors, source = Vectors(), Files((Source(found.source),), pooling=found.pooling)
+    with source.open(longest, longest) as one, files.open(longest, longest) as other:
+        vectors.run(one, other, ids, begin, longest)
+    if not vectors.cosine_min >= MIN_COSINE:
+        found.problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: convert with wider types")
+    return replace(found, scored=vectors.n, **vectors.figures())
 
 
 def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int:
@@ -301,10 +314,13 @@ def _text_tokens(
     analysis: Analysis, text: str | None, tokens: int | None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Tokens of a text, and the one that begins it, if the model wants such a token."""
-    ids = sample_tokens(analysis) if text is None else analysis.tokenize(text)
+    wanted = tokens or N_TOKENS
+    ids = sample_tokens(analysis) if text is None else analysis.tokenize(text[: TOKEN_LENGTH * wanted])
+    if text and len(ids) <= wanted and len(text) > TOKEN_LENGTH * wanted:
+        ids = analysis.tokenize(text)
     if not len(ids) and text:
         raise FirstLayerError(f"the model has no tokenizer; leave out {option('text')} to use random tokens")
-    ids = ids[: tokens or N_TOKENS]
+    ids = ids[:wanted]
     if len(ids) < 4 * N_PROMPTS:
         raise FirstLayerError(f"too few tokens to measure: {len(ids):,}, and {4 * N_PROMPTS} are needed; give more text")
     if tokens is not None and len(ids) < tokens:
@@ -316,16 +332,21 @@ def _text_tokens(
 
 def summary(result: Verification) -> str:
     """The result as readable text."""
+    verdict = [*result.problems, "outside of bounds" if result.problems else "within bounds"]
     if not result.scored:
         return "\n".join(result.problems)
+    rows = (
+        "the tables were computed from this source's weights;"
+        f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit"
+    )
     if result.pooling:
         return "\n".join(
             [
+                *([rows] if result.rows_checked else []),
                 f"{result.scored} texts embedded with pooling {result.pooling}",
                 f"cosine similarity: mean {result.cosine:.8f}, lowest {result.cosine_min:.8f}",
                 f"largest difference of a value: {result.embedding_max:.1e} of the RMS of all values",
-                *result.problems,
-                "outside of bounds" if result.problems else "within bounds",
+                *verdict,
             ]
         )
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
@@ -337,10 +358,7 @@ def summary(result: Verification) -> str:
     elif result.source == result.converted:
         origin = ["prompts, of which the last token's logits are read"]
     else:
-        origin = [
-            "the tables were computed from this source's weights;"
-            f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit"
-        ]
+        origin = [rows]
     lines = [
         *origin,
         f"{result.scored // max(1, len(result.caches))} {'prompts' if result.demand else 'tokens'} scored"
@@ -363,8 +381,7 @@ def summary(result: Verification) -> str:
         f"perplexity: {result.perplexity_source:.4f} -> {result.perplexity:.4f}"
         f" (difference {result.perplexity_change:+.4f} ± {result.perplexity_change_error:.4f})",
         f"first of {result.greedy_tokens} greedy tokens that differs for each of {len(differs)} prompts: {', '.join(differs)}",
-        *result.problems,
-        "outside of bounds" if result.problems else "within bounds",
+        *verdict,
     ]
     return "\n".join(lines)
 
@@ -373,7 +390,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `verify`."""
     parser.add_argument("source", type=model_name, metavar="SOURCE.gguf")
     parser.add_argument("converted", type=model_name, nargs="?", metavar="CONVERTED.gguf")
-    parser.add_argument("--cache", nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source")
+    parser.add_argument(
+        "--cache", type=cache_size, nargs="?", const="auto", metavar="MIB", help="instead, a row cache of the source"
+    )
     parser.add_argument("--demand", metavar="WHAT", help=f"instead, {HELP}")
     parser.add_argument("--pooling", metavar="TYPE", help=f"of the embeddings: {', '.join(POOLINGS)}")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to run both models over (default: a built-in sample)")

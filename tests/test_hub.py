@@ -118,8 +118,48 @@ def test_convert(files, llama, tmp_path):
     offline = asked(server, tmp_path, "inspect", "hf:user/x:q4_k_m", "--json", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert not json.loads(offline.stdout)["converted"]
-    assert "it has llama-Q4_K_M.gguf" in refusal(asked(server, tmp_path, "inspect", "hf:user/x:Q4_1", HF_HUB_OFFLINE="1"))
-    assert "is not in the Hub's cache" in refusal(asked(server, tmp_path, "inspect", "hf:user/y", HF_HUB_OFFLINE="1"))
+    missing = refusal(asked(server, tmp_path, "inspect", "hf:user/x:Q4_1", HF_HUB_OFFLINE="1"))
+    assert "hf:user/x:Q4_1 was not downloaded, as were llama-Q4_K_M.gguf" in missing
+    for name in ("hf:user/y", f"{server.elsewhere}y.gguf"):
+        refused = refusal(asked(server, tmp_path, "inspect", name, HF_HUB_OFFLINE="1"))
+        assert "is not among what was downloaded from the Hub" in refused
+
+
+def test_a_server_that_is_gone(files, tmp_path):
+    """What was downloaded serves, as with -hf. Fails if a listing is asked for in vain, or the library's log is shown."""
+    with hub(files) as server:
+        assert asked(server, tmp_path, "inspect", "hf:user/x").returncode == 0
+    for name in ("hf:user/x", "hf:user/x/llama-Q4_K_M.gguf"):
+        done = asked(server, tmp_path, "inspect", name)
+        assert done.returncode == 0, done.stderr
+        assert not re.search(r"Retry|Error", done.stderr), done.stderr
+
+
+def test_an_output_that_is_refused(files, llama, tmp_path):
+    """Fails if a model is downloaded before that is found."""
+    with hub(files) as server:
+        for output in (llama, tmp_path / "none" / "x.gguf"):
+            refusal(asked(server, tmp_path, "convert", "hf:user/x", "-o", output))
+        assert server.downloaded == []
+
+
+def test_a_storage_that_fails(files, tmp_path):
+    """hf_xet's errors are no OSError. Fails with a traceback."""
+    with hub(files) as server:
+        server.has_xet = True
+        done = asked(server, tmp_path, "inspect", "hf:user/x")
+        assert "hf:user/x cannot be" in refusal(done)
+
+
+def test_plan_of_a_download(files, llama, tmp_path):
+    """A server that sends no parts is no obstacle once the file is there. Fails if the header is asked for."""
+    with hub(files) as server:
+        server.sends_parts = False
+        name = f"{server.elsewhere}smollm-Q4_1.gguf"
+        assert "download the model first" in refusal(asked(server, tmp_path, "plan", name))
+        assert asked(server, tmp_path, "inspect", name).returncode == 0
+        done = asked(server, tmp_path, "plan", name)
+        assert done.returncode == 0, done.stderr
 
 
 def test_no_folder_for_downloads(llama, tmp_path):
@@ -157,6 +197,7 @@ def test_url(files, llama, tmp_path):
     """Of the Hub, or of any server, which gets no token."""
     with hub(files, TOKEN) as server:
         for url in (
+            f"{server.address}user/x",
             f"{server.address}user/x/blob/main/llama-Q4_K_M.gguf",
             f"{server.elsewhere}llama-Q4_K_M.gguf?download=true",
         ):
@@ -284,7 +325,15 @@ def test_a_folder(files, tmp_path):
         ["llama-IQ4_XS.gguf", "llama-Q4_K_M.gguf", "smollm-Q4_1.gguf", first]
     )
     assert list(result["refused"]) == [str(folder / "broken.gguf")]
-    assert "broken.gguf is a GGUF file of another byte order or version" in cli("plan", folder.parent).stderr
+    assert "broken.gguf is truncated" in cli("plan", folder.parent).stderr
+
+    (folder / "again").symlink_to(folder.parent)  # a circle
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "link").symlink_to(folder.parent)
+    assert len(json.loads(cli("plan", elsewhere, "--json").stdout)["plans"]) == len(result["plans"])
+    for names, code in (([folder], 0), ([folder / "llama-Q4_K_M.gguf", "none.gguf"], 1)):
+        assert cli("plan", *names).returncode == code
 
 
 def test_card(smollm, llama, tmp_path, monkeypatch):

@@ -232,6 +232,18 @@ def test_a_text_that_is_too_short_for_what_was_asked(smollm, smollm_flp, tmp_pat
     assert "not 4,096" not in cli(*words).stderr
 
 
+def test_verify_of_embeddings(archs, tmp_path):
+    """A model without logits: its rows and its embeddings. Fails if its output is not looked at."""
+    source = archs / "gemma-embedding-dense.gguf"
+    converted = convert(source, tmp_path / "x.gguf", type="q8_0").output
+    result = verify(source, converted)
+    assert (result.problems, result.pooling, result.rows_same) == ([], "mean", 1.0)
+    assert 0.999 < result.cosine_min < 1
+    coarse = convert(source, tmp_path / "y.gguf", type="q2_k").output
+    assert "convert with wider types" in verify(source, coarse).problems[0]
+    assert "put --cache after the model" in cli("verify", "--cache", source).stderr
+
+
 def test_verify_refuses(llama, llama_flp, tmp_path):
     short, binary = tmp_path / "short", tmp_path / "binary"
     short.write_text("a")

@@ -77,6 +77,32 @@ def test_truncated(share, llama, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_what_cannot_be_mapped(llama, tmp_path):
+    """Fails if the program waits for what never comes, or looks for its parent's streams in another process."""
+    os.mkfifo(tmp_path / "fifo")
+    for verb in ("plan", "convert", "inspect"):
+        assert "fifo is not a regular file; save it to one first" in refusal(cli(verb, tmp_path / "fifo", timeout=60))
+    with llama.open("rb") as file:
+        assert cli("plan", "/dev/stdin", stdin=file).stdout == cli("plan", llama).stdout
+    with (tmp_path / "x.gguf").open("wb") as file:  # as root, --force would replace the system's link
+        done = cli("convert", llama, "-o", "/dev/stdout", "--force", stdout=file, stderr=subprocess.PIPE, capture_output=False)
+    assert "/dev/stdout is not a regular file" in done.stderr
+
+
+def test_other_content(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    assert "is only a pointer of Git LFS" in refusal(cli("inspect", path))
+
+
+def test_empty_names():
+    """A variable of the shell that is not set. Fails if it is taken for the working directory."""
+    done = cli("plan", "")
+    assert done.returncode == 2
+    assert "the name of a model is empty" in done.stderr
+
+
 def test_random_damage(llama, tmp_path):
     """Damaged headers get an answer, and do not crash the converter's process."""
     data, rng = bytearray(llama.read_bytes()), random.Random(1)
@@ -473,6 +499,18 @@ def test_interrupted_while_measuring(smollm, tmp_path):
 
     assert interrupt(command, signal.SIGINT, measuring) == (1, "gguf-firstlayer: interrupted, nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_plan(sent, smollm, tmp_path):
+    """Of a part of a file, which is read from a sparse copy in a child process. Fails if that copy stays."""
+    part, folder = tmp_path / "part.gguf", tmp_path / "tmp"
+    part.write_bytes(smollm.read_bytes()[: 8 << 20])
+    folder.mkdir()
+    command = ["env", f"TMPDIR={folder}", sys.executable, "-m", "gguf_firstlayer", "plan", str(part)]
+    code, _ = interrupt(command, sent, lambda _: any(folder.glob("*/part.gguf")))
+    assert code == 1
+    assert not list(folder.iterdir())
 
 
 def test_only_conversions_say_that_nothing_was_written(smollm, smollm_flp):

@@ -33,6 +33,8 @@ class Hub:
         has_etags: whether files are told from other versions of them
         answer: what is said of a repository's files, if not the truth
         meeting: where clients that ask about a file wait for one another
+        sends_parts: whether a part of a file can be asked for
+        has_xet: whether files are said to be in a storage (Xet) that has none of them
     """
 
     port: int = 0
@@ -46,6 +48,8 @@ class Hub:
     has_etags: bool = True
     answer: bytes | None = None
     meeting: threading.Barrier | None = None
+    sends_parts: bool = True
+    has_xet: bool = False
 
     @property
     def address(self) -> str:
@@ -88,7 +92,7 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
             status, headers = 200, {"ETag": etag, "Accept_Ranges": "bytes"} if known.has_etags else {}
             if self.command == "GET":
                 known.downloaded.append(name)
-                if (wanted := self.headers.get("Range")) is not None:
+                if known.sends_parts and (wanted := self.headers.get("Range")) is not None:
                     first, _, last = wanted.removeprefix("bytes=").partition("-")
                     begin, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
                     known.ranges.append((begin, end))
@@ -120,6 +124,12 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
                 self.reply(b"", 302, Location=f"{known.elsewhere}{path.removeprefix('/releases/')}")
             elif known.token is not None and sent != f"Bearer {known.token}":
                 self.reply(b"", 401, X_Error_Code="GatedRepo", X_Error_Message="gated")
+            elif path == "/xet":
+                expires = str(int(time.time()) + 3600)
+                about = {"X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": expires}
+                self.reply(b"{}", X_Xet_Cas_Url=f"{known.address}storage", **about)
+            elif path.startswith("/storage"):
+                self.reply(b"no", 416)
             elif path.startswith("/api/models/nobody/"):
                 self.reply(b"", 404, X_Error_Code="RepoNotFound")
             elif path.endswith("/refs"):
@@ -134,6 +144,8 @@ def hub(files: dict[str, Path], token: str | None = None) -> Iterator[Hub]:
                     return
                 size = str(files[name].stat().st_size)
                 about = {"X_Repo_Commit": COMMIT, "X_Linked_Size": size, "X_Linked_ETag": f'"{digests[name]}"'}
+                if known.has_xet:
+                    about |= {"X_Xet_Hash": digests[name], "X_Xet_Refresh_Route": f"{known.address}xet"}
                 self.reply(b"", 302, Location=f"{known.elsewhere}{name}", **about)
             else:
                 self.reply(b"", 404)
