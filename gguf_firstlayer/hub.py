@@ -246,6 +246,7 @@ class _Listing(NamedTuple):
 
 
 def _list(name: str, repository: str) -> _Listing:
+    """What is in a repository."""
     from huggingface_hub import HfApi, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

@@ -129,7 +129,7 @@ llama_firstlayer_walk::info llama_firstlayer_walk::classify(const ggml_tensor * 
     }
 
     if (n_src == 0 || res.depth > MAX_DEPTH) {
-        return res;
+        return info();
     }
 
     if (constant) {
