@@ -211,6 +211,12 @@ def _select(job: _Job, analysis: Analysis, costs: CostModel) -> _Selection:
     keeps = job.keep_weights or job.sidecar
     within(job.growth, costs, least, keeps)
     _announce(job, costs, types, least, most)
+    if not job.sidecar and job.model.holds_more:
+        log.warning(
+            "%s holds more than its metadata and tensors, which %s will lack: revert cannot restore it, so keep it",
+            job.model.path.name,
+            job.output.name,
+        )
     if job.growth.asked is None:
         _check_room(job, costs, types)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gguf_firstlayer.c_api import undisturbed
 from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.text import log
 
 try:
     import fcntl
@@ -52,8 +53,7 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
         raise FirstLayerError(
             f"{output} cannot be written: nothing can be written to its folder; choose another name with {option(argument)}"
         )
-    pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
-    for path in sorted(output.parent.glob(pattern)) if parts else [output]:
+    for path in sorted(output.parent.glob(_pattern(output))) if parts else [output]:
         # a link itself is replaced, not its target; so even a dangling link counts as existing
         if not os.path.lexists(path):
             continue
@@ -97,6 +97,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             for part in parts:
                 _appear(part, output.with_name(part.name), force, undo)
             undo.pop_all()
+            _tell_of_others(output, parts)
             Appeared.last = output.with_name(parts[-1].name)
             _sync(output.parent)
     except OSError as err:
@@ -107,6 +108,18 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _tell_of_others(output: Path, parts: Sequence[Path]) -> None:
+    """Say which parts of an older output stay, as it had another number of them."""
+    others = {path.name for path in output.parent.glob(_pattern(output))} - {part.name for part in parts}
+    if len(parts) > 1 and others:
+        log.warning("still there, of an older output: %s", ", ".join(sorted(others)))
+
+
+def _pattern(output: Path) -> str:
+    """The names of an output's parts, however many they are."""
+    return f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
 
 
 def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:

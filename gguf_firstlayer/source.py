@@ -272,6 +272,20 @@ class Source:
         return headers
 
     @property
+    def holds_more(self) -> bool:
+        """Whether bytes between the header and the tensors of a file, or after these, are not zero."""
+        for reader in self.parts:
+            infos = [tensor.field for tensor in reader.tensors]
+            end = max((info.offset + sum(int(part.nbytes) for part in info.parts) for info in infos), default=len(reader.data))
+            for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+                if reader.data[end : tensor.data_offset].any():
+                    return True
+                end = tensor.data_offset + tensor.n_bytes
+            if reader.data[end:].any():
+                return True
+        return False
+
+    @property
     def stem(self) -> str:
         """Name of the file without its extension and without the number of its part."""
         match = self.PART.fullmatch(self.path.name) if len(self.parts) > 1 else None

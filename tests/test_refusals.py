@@ -163,6 +163,15 @@ def test_output_appears_meanwhile(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["x.gguf", parts[0], "z.gguf"]
 
 
+def test_old_parts_that_stay(llama, tmp_path):
+    """Fails if a model of an older conversion is left without a word."""
+    for size, said in (("1M", ""), ("2M", "still there, of an older output: x-00001-of-"), ("1M", "x-00001-of-")):
+        done = cli("convert", llama, "-o", tmp_path / "x.gguf", "--type", "q8_0", "--split-max-size", size, "--force")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
+        assert said or "still there" not in done.stderr
+
+
 def test_old_parts_come_back(tmp_path):
     """If the first part, which comes last, cannot be written. Fails if the second one stays, of another model."""
     names = [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]

@@ -20,6 +20,22 @@ def test_kept_weights(smollm, tmp_path):
     assert result.output.read_bytes() == smollm.read_bytes()
 
 
+@pytest.mark.parametrize("place", ["after", "before"])
+def test_more_than_tensors(place, llama, tmp_path):
+    """Bytes that a converted file does not hold. Fails if whoever then deletes the source is not warned."""
+    source, data = tmp_path / "x.gguf", bytearray(llama.read_bytes())
+    if place == "after":
+        data += b"more"
+    else:
+        data[GGUFReader(llama).data_offset - 1] = 1  # header and weights are apart
+    source.write_bytes(data)
+    for path, warned in ((source, True), (llama, False)):
+        done = cli("convert", path, "-o", tmp_path / f"{warned}.gguf", "--type", "f32", "--keep-weights")
+        assert done.returncode == 0, done.stderr
+        assert ("revert cannot restore it, so keep it" in done.stderr) == warned
+    assert "had more than its tensors" in refusal(cli("revert", tmp_path / "True.gguf", "-o", tmp_path / "y.gguf"))
+
+
 def test_of_parts(smollm, tmp_path):
     """llama-gguf-split rewrites the keys, and lays the tensors out differently."""
     converted = convert(smollm, tmp_path / "x.gguf", keep_weights=True, split_max_size="60M").output
