@@ -19,7 +19,7 @@ from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
 from gguf_firstlayer.hub import model_name
 from gguf_firstlayer.installation import build
 from gguf_firstlayer.output import Appeared
-from gguf_firstlayer.start import STOPPING
+from gguf_firstlayer.start import STOPPING, interrupt
 from gguf_firstlayer.text import Printable, log, printable
 
 # verb (a module of this package) -> an example call
@@ -65,18 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for an error that the message explains (verify: 2), 2 for wrong usage."""
     Caller.is_command_line, Appeared.last = True, None
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored in a background job, or under nohup
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(Printable())

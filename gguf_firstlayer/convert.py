@@ -20,7 +20,7 @@ from gguf_firstlayer.cost import CostModel, of_model
 from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
 from gguf_firstlayer.estimate import SitePlan, estimate
-from gguf_firstlayer.hub import ModelName, local, model_name
+from gguf_firstlayer.hub import ModelName, is_remote, local, model_name
 from gguf_firstlayer.output import check, replacing
 from gguf_firstlayer.runtime import Analysis, analyse
 from gguf_firstlayer.selection import Growth, describe_price, read_growth, within
@@ -181,7 +181,7 @@ def _prepare(
         raise UsageError(f"{split_max_size} is not a size of parts; give one like 500M or 2G")
     if sidecar and split_max_size is not None:
         raise UsageError(f"a sidecar cannot be split; leave out {option('split_max_size')}")
-    if output is not None:
+    if output is not None and is_remote(source):
         check(Path(output), [], force, parts=split_max_size is not None)  # before a download
     model = Source(local(source))
     growth = read_growth(max_growth, model.bytes)

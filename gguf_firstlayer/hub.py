@@ -32,7 +32,11 @@ _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)|/(.+\.gguf))?")
 
 # addresses at the Hub: of a file, and of the page of a repository, which people copy from their browsers
 _FILE = re.compile(r"/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([^/]+)/(.+)")
-_PAGE = re.compile(r"/([\w.-]+/[\w.-]+)(?<!\.gguf)(?:/tree/main)?/?")
+_PAGE = re.compile(r"/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)(?<!\.gguf)(?:/tree/main(?:/.*)?)?/?")
+_HUBS = ("https://huggingface.co", "https://hf.co")
+
+# files of this process only
+_STREAM = re.compile(r"/dev/(fd/|std)|/proc/self/fd/")
 
 # what `-hf` of llama.cpp takes if no quantization is named, and names of files that it takes for no model
 # (common/download.cpp); and those of converted files, which may have been written beside their sources
@@ -113,10 +117,9 @@ def header(name: ModelName) -> Path:
 
 def _here(name: ModelName) -> Path:
     """A file of this machine, which other processes can open, too."""
-    path = Path(name)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise FirstLayerError(f"{name} is not a regular file; save it to one first")
-    return path.resolve() if path.parts[:2] == ("/", "dev") else path  # other processes have other streams
+    if os.path.exists(name) and not (os.path.isfile(name) or os.path.isdir(name)):
+        raise FirstLayerError(f"{os.fspath(name)} is not a regular file; save it to one first")
+    return Path(os.path.realpath(name) if _STREAM.match(os.fspath(name)) else name)
 
 
 @contextmanager
@@ -225,11 +228,21 @@ def _path_at_hub(url: str) -> str:
     """The path of a URL, "" if that is not of the Hub."""
     from huggingface_hub import constants
 
-    address = urlsplit(url)
-    if not address.hostname or address.port == 0:  # or the port is no number, which raises a ValueError
+    host, port, path = _place(url)
+    if not host:
         raise UsageError(f"{url} is no address of a file")
-    at_hub = address.netloc in (urlsplit(constants.ENDPOINT).netloc, "huggingface.co", "hf.co")
-    return unquote(address.path) if at_hub else ""
+    for hub in (constants.ENDPOINT, *_HUBS):
+        hub_host, hub_port, folder = _place(hub)
+        if (host, port) == (hub_host, hub_port) and path.startswith(f"{folder.rstrip('/')}/"):
+            return path[len(folder.rstrip("/")) :]
+    return ""
+
+
+def _place(url: str) -> tuple[str | None, int | None, str]:
+    """Host, port unless it is that of the scheme, and path of a URL. Raises ValueError if the port is no number."""
+    address = urlsplit(url)
+    is_usual = address.port == {"http": 80, "https": 443}.get(address.scheme)
+    return address.hostname, None if is_usual else address.port, unquote(address.path)
 
 
 def _of_page(name: str) -> str:
@@ -266,6 +279,7 @@ def _list(name: str, repository: str) -> _Listing:
             revisions = []
         if not revisions:
             raise
+        log.warning("%s: the Hub cannot be asked, so only what was downloaded of %s is known", name, repository)
         found = [str(PurePosixPath(file.file_path.relative_to(revisions[0].snapshot_path))) for file in revisions[0].files]
         return _Listing(found, False)
 
@@ -386,7 +400,8 @@ def _ending_at_once() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == signal.SIG_DFL:  # after Ctrl-C, it is ignored
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -465,9 +480,11 @@ def _ask(name: str, call: Callable[[], T]) -> T:
         except (KeyError, TypeError, RecursionError) as err:
             raise FirstLayerError(f"{name}: the server's answer is malformed; check the name") from err
         except Exception as err:
-            # hf_xet raises a RuntimeError for most of its errors
-            is_known = isinstance(err, OSError | RuntimeError) or type(err).__module__.partition(".")[0] in _HTTP_LIBRARIES
-            if not is_known:
+            module = type(err).__module__.partition(".")[0]
+            from_xet = isinstance(err, RuntimeError) or module == "hf_xet"
+            if from_xet:  # which tries again itself
+                raise FirstLayerError(f"{name} cannot be downloaded ({err}); run this again to go on") from err
+            if not isinstance(err, OSError) and module not in _HTTP_LIBRARIES:
                 raise
             reason = err.__cause__ if isinstance(err, LocalEntryNotFoundError) and err.__cause__ else err
             if isinstance(reason, OfflineModeIsEnabled):
@@ -503,8 +520,6 @@ def _refuse(name: str, reason: BaseException, status: int | None) -> NoReturn:
         told = "does not exist, or is private; check its name, or set HF_TOKEN to a token that may read it"
     elif status == 404:
         told = "does not exist; check its name"
-    elif isinstance(reason, RuntimeError):
-        told = f"cannot be downloaded ({reason}); run this again to go on"
     elif status is None:
         raise _NoAnswerError(f"{name} cannot be reached; check the connection, and run this again to go on") from reason
     else:

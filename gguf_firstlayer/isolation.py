@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar, cast
 
 from gguf_firstlayer.errors import UNREADABLE, Caller, FirstLayerError
-from gguf_firstlayer.start import STOPPING, imported_from
+from gguf_firstlayer.start import STOPPING, imported_from, interrupt
 
 T = TypeVar("T")
 
@@ -74,18 +75,17 @@ def isolated(function: Callable[[Path], T], path: Path) -> T:
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End a child, which first removes what it has written."""
     child.terminate()
-    try:
-        child.communicate(timeout=CLEAN_UP)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(CLEAN_UP)
+    child.kill()
+    child.wait()
 
 
 def serve() -> None:
     """The child's side of `isolated`."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
     Caller.is_command_line, function, path = pickle.load(sys.stdin.buffer)
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)  # whatever libraries print is no part of the answer

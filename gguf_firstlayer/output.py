@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import re
 import shutil
@@ -49,21 +48,20 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
     """
     if output.is_dir() or not output.parent.is_dir():
         raise FirstLayerError(f"{output} cannot be written: it is a folder, or its folder does not exist")
-    if not os.access(output.parent, os.W_OK):
-        raise FirstLayerError(
-            f"{output} cannot be written: nothing can be written to its folder; choose another name with {option(argument)}"
-        )
-    for path in sorted(output.parent.glob(_pattern(output))) if parts else [output]:
-        # a link itself is replaced, not its target; so even a dangling link counts as existing
-        if not os.path.lexists(path):
-            continue
+    # a link itself is replaced, not its target; so even a dangling link counts as existing
+    existing = _parts(output) if parts else [output] if os.path.lexists(output) else []
+    for path in existing:
         is_stream = path.is_symlink() and os.readlink(path).startswith("/proc/")  # like /dev/stdout, which must stay
         if is_stream or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
             raise FirstLayerError(f"{path} is not a regular file; choose another name with {option(argument)}")
         if path.exists() and any(path.samefile(source) for source in sources):
             raise FirstLayerError(f"{path} is an input; choose another name with {option(argument)}")
-        if not force:
-            raise _exists(path, argument)
+    if not os.access(output.parent, os.W_OK):
+        raise FirstLayerError(
+            f"{output} cannot be written: nothing can be written to its folder; choose another name with {option(argument)}"
+        )
+    if existing and not force:
+        raise _exists(existing[0], argument)
 
 
 def _exists(path: Path, argument: str = "output") -> FirstLayerError:
@@ -97,9 +95,10 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             for part in parts:
                 _appear(part, output.with_name(part.name), force, undo)
             undo.pop_all()
-            _tell_of_others(output, parts)
             Appeared.last = output.with_name(parts[-1].name)
             _sync(output.parent)
+        if len(parts) > 1 and (others := {path.name for path in _parts(output)} - {part.name for part in parts}):
+            log.warning("still there, of an older output: %s", ", ".join(sorted(others)))
     except OSError as err:
         if err.errno == errno.EFAULT:  # a page of a mapped file is gone
             raise FirstLayerError(f"a source of {output} was truncated while it was read; nothing was written") from err
@@ -110,16 +109,10 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             os.close(lock)
 
 
-def _tell_of_others(output: Path, parts: Sequence[Path]) -> None:
-    """Say which parts of an older output stay, as it had another number of them."""
-    others = {path.name for path in output.parent.glob(_pattern(output))} - {part.name for part in parts}
-    if len(parts) > 1 and others:
-        log.warning("still there, of an older output: %s", ", ".join(sorted(others)))
-
-
-def _pattern(output: Path) -> str:
-    """The names of an output's parts, however many they are."""
-    return f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*.gguf"
+def _parts(output: Path) -> list[Path]:
+    """The files that are parts of an output, however many it has."""
+    pattern = re.compile(rf"{re.escape(output.stem)}-\d{{5}}-of-\d{{5}}\.gguf")
+    return sorted(path for path in output.parent.iterdir() if pattern.fullmatch(path.name))
 
 
 def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:

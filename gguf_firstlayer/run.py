@@ -16,7 +16,9 @@ from gguf_firstlayer.hub import is_remote, local
 from gguf_firstlayer.installation import TOOLS, paths
 
 # options of the tools that take a model
-_MODEL = ("-m", "--model", "-md", "--model-draft", "--spec-draft-model", "--firstlayer", "-mm", "--mmproj", "--lora")
+_MODEL = ("-m", "--model", "-md", "--model-draft", "--spec-draft-model", "--firstlayer")
+# and those that take a file that is no model, which a repository's name does not stand for
+_FILE = ("-mm", "--mmproj", "--lora")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     if path is None:
         raise FirstLayerError(f"{TOOLS[args.tool]} was not built; build the target {TOOLS[args.tool]} of llama.cpp")
     options = [
-        str(local(value)) if before in _MODEL and is_remote(value) else value
+        str(local(value)) if is_remote(value) and (before in _MODEL or (before in _FILE and value.endswith(".gguf"))) else value
         for before, value in zip(["", *args.options], args.options, strict=False)
     ]
     command = [str(path), *options]

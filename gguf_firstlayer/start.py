@@ -11,6 +11,13 @@ import sys
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def interrupt(_signal: int, _frame: object) -> None:
+    """Handle a signal that ends a program: once, as another one would interrupt the clean-up."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _is_program() -> bool:
     """Whether this is `gguf-firstlayer` or `python -m gguf_firstlayer`, for which Python is still looking for the module."""
     if sys.argv[0] == "-m":

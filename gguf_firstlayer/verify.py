@@ -163,6 +163,8 @@ def verify(
         return _verify_cache(local(source), parse_cache(str(cache)), text, tokens)
     path = local(source)
     pooling = own_pooling(Source(path)) if isolated(_gives_no_logits, path) else None
+    if pooling and max_kld is not None:
+        raise UsageError(f"{path} gives no logits, so there is no KL divergence; leave out {option('max_kld')}")
     model, tables, files = open_pair(path, local(converted), pooling)
     sites, _, _ = file_format.read(tables)
     with analyse(model.path) as analysis:
@@ -218,6 +220,8 @@ def _verify_embeddings(
         vectors.run(one, other, ids, begin, longest)
     if not vectors.cosine_min >= MIN_COSINE:
         found.problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: convert with wider types")
+    if not vectors.largest <= MAX_DIFFERENCE:
+        found.problems.append(f"a value differs by {vectors.largest:.1e} of the RMS of all values: convert with wider types")
     return replace(found, scored=vectors.n, **vectors.figures())
 
 

@@ -176,11 +176,12 @@ def test_training(keep_weights, archs, tmp_path):
 def test_training_of_spares(name, archs, tmp_path):
     """Weights that only other batches need are mapped from the file; training gives them memory. Oracle: stock llama.cpp.
 
-    Fails if they are written where they are mapped, which ends the process, or if a graph goes on reading them there.
+    Fails if they are written where they are mapped, which ends the process, also those that are trained later, or if a graph
+    goes on reading them there.
     """
     source, sidecar = archs / f"{name}.gguf", name == "llama-dense"
     output = convert(source, tmp_path / "x.gguf", type="f32", sidecar=sidecar).output
-    job = {"run": "training", "tokens": {"count": 20, "seed": 1}}
+    job = {"run": "training", "tokens": {"count": 20, "seed": 1}, "stages": ["blk.0.attn_q", ""]}
     ours = job | ({"model": source, "load": {"sidecar": str(output)}} if sidecar else {"model": output})
     (stock,), (found,) = both(lambda side: run(*side), (STOCK, job | {"model": source}), (PATCHED, ours))
     assert np.array_equal(stock[0], found[0])

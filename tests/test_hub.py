@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from support.builds import ROOT
 from support.command_line import cli, refusal, run_tool, split
 from support.hub import COMMIT, Hub, hub
 from support.models import rewrite
 
 from gguf_firstlayer import auto, card, convert, plan
+from gguf_firstlayer import hub as names
 from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.text import size_text
 
@@ -133,6 +134,7 @@ def test_a_server_that_is_gone(files, tmp_path):
         done = asked(server, tmp_path, "inspect", name)
         assert done.returncode == 0, done.stderr
         assert not re.search(r"Retry|Error", done.stderr), done.stderr
+        assert ("only what was downloaded of user/x is known" in done.stderr) == (name == "hf:user/x")
 
 
 def test_an_output_that_is_refused(files, llama, tmp_path):
@@ -148,7 +150,7 @@ def test_a_storage_that_fails(files, tmp_path):
     with hub(files) as server:
         server.has_xet = True
         done = asked(server, tmp_path, "inspect", "hf:user/x")
-        assert "hf:user/x cannot be" in refusal(done)
+        assert "hf:user/x cannot be downloaded" in refusal(done)
 
 
 def test_plan_of_a_download(files, llama, tmp_path):
@@ -209,6 +211,26 @@ def test_url(files, llama, tmp_path):
         assert len(server.downloaded) == 2
         assert asked(server, tmp_path, "inspect", url).returncode == 0
         assert len(server.downloaded) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("https://huggingface.co/user/x/resolve/main/a/b.gguf", "a/b.gguf"),
+        ("https://HuggingFace.co:443/user/x/blob/main/b.gguf?download=true", "b.gguf"),
+        ("https://hf.co/user/x/resolve/main/b.gguf", "b.gguf"),
+        ("http://mirror:81/hf/user/x/resolve/main/b.gguf", "b.gguf"),
+        ("http://mirror:81/user/x/resolve/main/b.gguf", ""),
+        ("http://mirror/hf/user/x/resolve/main/b.gguf", ""),
+        ("https://huggingface.co/datasets/x", ""),
+        ("https://huggingface.co.evil/user/x/resolve/main/b.gguf", ""),
+    ],
+)
+def test_addresses(url, file, monkeypatch):
+    """Fails if the token goes to another host, or an address of the Hub is not known as such."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://mirror:81/hf")
+    found = names._find(url)
+    assert (found.repository, found.file) == (("user/x", file) if file else ("", url))
 
 
 @pytest.mark.parametrize("name", ["hf:user/x:Q4_1", "elsewhere"])
@@ -332,8 +354,8 @@ def test_a_folder(files, tmp_path):
     elsewhere.mkdir()
     (elsewhere / "link").symlink_to(folder.parent)
     assert len(json.loads(cli("plan", elsewhere, "--json").stdout)["plans"]) == len(result["plans"])
-    for names, code in (([folder], 0), ([folder / "llama-Q4_K_M.gguf", "none.gguf"], 1)):
-        assert cli("plan", *names).returncode == code
+    for models, code in (([folder], 0), ([folder / "llama-Q4_K_M.gguf", "none.gguf"], 1)):
+        assert cli("plan", *models).returncode == code
 
 
 def test_card(smollm, llama, tmp_path, monkeypatch):

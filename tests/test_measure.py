@@ -241,6 +241,7 @@ def test_verify_of_embeddings(archs, tmp_path):
     assert 0.999 < result.cosine_min < 1
     coarse = convert(source, tmp_path / "y.gguf", type="q2_k").output
     assert "convert with wider types" in verify(source, coarse).problems[0]
+    assert "there is no KL divergence" in refusal(cli("verify", source, converted, "--max-kld", "1e-3"))
     assert "put --cache after the model" in cli("verify", "--cache", source).stderr
 
 

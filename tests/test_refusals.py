@@ -302,6 +302,7 @@ def test_folders(llama, tmp_path):
     assert "cannot be written" in refusal(cli("convert", llama, "-o", tmp_path / "missing" / "x.gguf"))
     assert "cannot be read" in refusal(cli("convert", tmp_path / "missing.gguf"))
     assert "cannot be read" in refusal(cli("inspect", tmp_path))
+    assert "cannot be read" in refusal(cli("plan", "x" * 300))
 
 
 def test_no_permission(llama, tmp_path):

@@ -91,11 +91,13 @@ static gguf_context_ptr load_sidecar(llama_model_loader & ml, const char * path)
     if (!meta || gguf_find_key(meta.get(), KV_SOURCE_NAME) < 0) {
         throw std::runtime_error(format("'%s' is no file that gguf-firstlayer convert --sidecar wrote", path));
     }
+    const bool is_converted = gguf_find_key(ml.metadata, KV_VERSION) >= 0;
     if (!is_source(ml, meta.get())) {
-        LLAMA_LOG_WARN("%s: the tables in '%s' belong to another model and are not used\n", __func__, path);
+        LLAMA_LOG_WARN("%s: %s, so '%s' is not used\n", __func__,
+                       is_converted ? "the model has tables of its own" : "the tables belong to another model", path);
         return nullptr;
     }
-    if (gguf_find_key(ml.metadata, KV_VERSION) >= 0) {
+    if (is_converted) {
         throw std::runtime_error(format("the model has tables of its own: load it without '%s'", path));
     }
 

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 llama_firstlayer::llama_firstlayer() : demand_kinds(std::make_unique<llama_firstlayer_demand_kinds>()) {}
@@ -28,8 +29,11 @@ llama_firstlayer::~llama_firstlayer() {
 //
 
 void llama_firstlayer::set_weights(const llama_model & model) {
-    for (const auto & [_, t] : model.tensors_by_name) {
+    for (const auto & [name, t] : model.tensors_by_name) {
         weights.insert(t);
+        if (spares.count(name)) {
+            spare_weights.push_back(t);
+        }
     }
     for (const auto & [_, t] : phantoms) {
         weights.insert(t);
@@ -147,36 +151,42 @@ bool llama_firstlayer::can_save() const {
 }
 
 bool llama_firstlayer::is_trained() const {
-    return std::any_of(sources.begin(), sources.end(),
-                       [](const ggml_tensor * t) { return t->flags & GGML_TENSOR_FLAG_PARAM; });
+    const auto is_it = [](const ggml_tensor * t) {
+        return t->flags & GGML_TENSOR_FLAG_PARAM;
+    };
+    return std::any_of(sources.begin(), sources.end(), is_it) ||
+           std::any_of(spare_weights.begin(), spare_weights.end(), is_it);
 }
 
-bool llama_firstlayer::own_trained_spares(const llama_model & model) {
+std::vector<ggml_tensor *> llama_firstlayer::mapped_spares() const {
+    std::vector<ggml_tensor *> res;
+    std::copy_if(spare_weights.begin(), spare_weights.end(), std::back_inserter(res), [](const ggml_tensor * t) {
+        return t->type == GGML_TYPE_F32 && llama_firstlayer_is_mapped(t);  // others are not trained
+    });
+    return res;
+}
+
+bool llama_firstlayer::unmap(const std::vector<ggml_tensor *> & mapped) {
     const ggml_init_params params = {
-        /*.mem_size   =*/ggml_tensor_overhead() * spares.size(),
+        /*.mem_size   =*/ggml_tensor_overhead() * mapped.size(),
         /*.mem_buffer =*/nullptr,
         /*.no_alloc   =*/true,
     };
-    ctx_trained.reset(ggml_init(params));
+    ctx_unmapped.reset(ggml_init(params));
 
-    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> copies;
-    for (const auto & [name, t] : model.tensors_by_name) {
-        if ((t->flags & GGML_TENSOR_FLAG_PARAM) && spares.count(name)) {
-            copies.emplace_back(t, ggml_dup_tensor(ctx_trained.get(), t));
-        }
+    std::vector<ggml_tensor *> copies;
+    for (const ggml_tensor * t : mapped) {
+        copies.push_back(ggml_dup_tensor(ctx_unmapped.get(), t));
     }
-    if (copies.empty()) {
-        return true;
-    }
-    buf_trained.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_trained.get(), ggml_backend_cpu_buffer_type()));
-    if (!buf_trained) {
+    buf_unmapped.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_unmapped.get(), ggml_backend_cpu_buffer_type()));
+    if (!buf_unmapped) {
         return false;
     }
-    ggml_backend_buffer_set_usage(buf_trained.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    for (const auto & [t, copy] : copies) {
-        ggml_backend_tensor_copy(t, copy);
-        t->buffer = copy->buffer;
-        t->data   = copy->data;
+    ggml_backend_buffer_set_usage(buf_unmapped.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    for (size_t i = 0; i < mapped.size(); ++i) {
+        ggml_backend_tensor_copy(mapped[i], copies[i]);
+        mapped[i]->buffer = copies[i]->buffer;
+        mapped[i]->data   = copies[i]->data;
     }
     return true;
 }
@@ -375,12 +385,15 @@ ggml_cgraph * llama_firstlayer::use_rows(const llama_model & model, const llm_gr
             if (!phantoms.empty()) {
                 LLAMA_LOG_WARN("%s: weights that were replaced by tables are not trained\n", __func__);
             }
-            if (!own_trained_spares(model)) {
-                LLAMA_LOG_ERROR("%s: there is no memory for weights that are trained\n", __func__);
-                return nullptr;
+            const auto mapped = mapped_spares();
+            if (!mapped.empty()) {
+                if (!unmap(mapped)) {
+                    LLAMA_LOG_ERROR("%s: there is no memory for weights that are trained\n", __func__);
+                    return nullptr;
+                }
+                params.res->reset();  // it may have views of them
+                return model.build_graph(params);
             }
-            params.res->reset();  // it may have views of the spares
-            return model.build_graph(params);
         }
         if (phantoms.empty()) {
             return gf;

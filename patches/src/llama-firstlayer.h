@@ -325,7 +325,7 @@ struct llama_firstlayer {
     // Whether the loaded model can be written to a file; logs an error if not.
     bool can_save() const;
 
-    // whether weights that sites are computed from are trained: then the sites are computed
+    // whether weights that sites are computed from, or spares, are trained: then the sites are computed
     bool is_trained() const;
 
     // Replace sites by table lookups, and leave out what nobody reads. Returns nullptr if the graph would read an elided weight.
@@ -403,18 +403,21 @@ struct llama_firstlayer {
 
     bool elides(const std::string & name) const { return phantoms.count(name) > 0; }
 
-    // Give the spares that are trained memory of their own: they are mapped from the file, so nothing can be written to them.
-    // Returns false if there is none.
-    bool own_trained_spares(const llama_model & model);
+    // spares that could be trained, but are mapped from the file, so nothing can be written to them
+    std::vector<ggml_tensor *> mapped_spares() const;
+
+    // Give weights memory of their own. Returns false if there is none.
+    bool unmap(const std::vector<ggml_tensor *> & mapped);
 
     ggml_context_ptr                               ctx_phantom;
-    ggml_context_ptr                               ctx_trained;
-    ggml_backend_buffer_ptr                        buf_trained;
+    ggml_context_ptr                               ctx_unmapped;
+    ggml_backend_buffer_ptr                        buf_unmapped;
     ggml_context_ptr                               ctx_constants;
     ggml_backend_buffer_ptr                        buf_constants;
     std::vector<ggml_tensor *>                     constants;  // F32 [row width, n_tokens] for each table, if used
     std::unordered_map<std::string, ggml_tensor *> phantoms;
     std::unordered_set<std::string>                spares;     // weights that are there, but not for tokens
+    std::vector<ggml_tensor *>                     spare_weights;
     std::unordered_set<const ggml_tensor *>        weights;    // all model weights, phantoms included
     std::unordered_set<const ggml_tensor *>        sources;    // those that sites are computed from
     std::string                                    problem;    // found by apply() while check() runs

@@ -576,7 +576,10 @@ def session(job):
 
 
 def training(job):
-    """A context decodes, another one trains all weights for an epoch, and the first decodes again: logits before and after."""
+    """A context decodes, others train weights for an epoch each, and the first decodes again: logits before and after.
+
+    The job's `stages` are parts of names of weights that are trained one after the other; by default, all are.
+    """
     library = llama_cpp.llama_cpp._lib
 
     def function(name, result, *arguments):
@@ -593,7 +596,7 @@ def training(job):
     size, count = 256, 4  # llama.cpp trains on whole contexts
     model = Model(job["model"], load_mode=0, **job.get("load", {}))
     options = {"n_ctx": size, "n_batch": size, "n_ubatch": size, "type_k": f32, "type_v": f32, "flash_attn_type": 0}
-    reader, trainer = model.context(**options), model.context(**options)
+    reader = model.context(**options)
 
     def logits():
         tokens = model.tokens(job["tokens"])
@@ -610,12 +613,16 @@ def training(job):
     for get, values in (("ggml_opt_dataset_data", ids), ("ggml_opt_dataset_labels", np.roll(ids, -1))):
         tensor = ctypes.cast(function(get, pointer, pointer)(dataset), ctypes.POINTER(Tensor)).contents
         ctypes.memmove(tensor.data, np.ascontiguousarray(values).ctypes.data, values.nbytes)
-    every = llama_cpp.llama_cpp.llama_opt_param_filter(lambda _tensor, _data: True)
+    name_of = function("ggml_get_name", ctypes.c_char_p, pointer)
     rates = ctypes.cast(library.ggml_opt_get_default_optimizer_params, pointer)
-    function("llama_opt_init", None, pointer, pointer, Params)(trainer, model.model, Params(0, every, None, rates, None, 0))
+    start = function("llama_opt_init", None, pointer, pointer, Params)
     result = function("ggml_opt_result_init", pointer)
     epoch = function("llama_opt_epoch", None, pointer, pointer, pointer, pointer, i64, pointer, pointer)
-    epoch(trainer, dataset, result(), result(), count - 1, None, None)
+    for stage in job.get("stages", [""]):
+        part, trainer = stage.encode(), model.context(**options)
+        chosen = llama_cpp.llama_cpp.llama_opt_param_filter(lambda tensor, _data, part=part: part in name_of(tensor))
+        start(trainer, model.model, Params(0, chosen, None, rates, None, 0))
+        epoch(trainer, dataset, result(), result(), count - 1, None, None)
     return before, logits(), "".join(messages)
 
 
