@@ -125,7 +125,7 @@ def _expand(names: Sequence[ModelName]) -> list[ModelName]:
     for name in names:
         if is_remote(name):
             found += models(str(name))
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):
             found += map(Path, models_among(_files(name)))
         else:
             found.append(name)
