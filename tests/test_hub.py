@@ -22,7 +22,7 @@ from support.hub import COMMIT, Hub, hub
 from support.models import rewrite
 
 from gguf_firstlayer import auto, card, convert, plan
-from gguf_firstlayer import hub as names
+from gguf_firstlayer import hub as remote
 from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.text import size_text
 
@@ -130,8 +130,10 @@ def test_a_server_that_is_gone(files, tmp_path):
     """What was downloaded serves, as with -hf. Fails if a listing is asked for in vain, or the library's log is shown."""
     with hub(files) as server:
         assert asked(server, tmp_path, "inspect", "hf:user/x").returncode == 0
-    for name in ("hf:user/x", "hf:user/x/llama-Q4_K_M.gguf"):
-        done = asked(server, tmp_path, "inspect", name)
+    names = "hf:user/x", "hf:user/x/llama-Q4_K_M.gguf"
+    with ThreadPoolExecutor() as pool:  # huggingface_hub tries for a while
+        runs = list(pool.map(lambda name: asked(server, tmp_path, "inspect", name), names))
+    for name, done in zip(names, runs, strict=True):
         assert done.returncode == 0, done.stderr
         assert not re.search(r"Retry|Error", done.stderr), done.stderr
         assert ("only what was downloaded of user/x is known" in done.stderr) == (name == "hf:user/x")
@@ -229,7 +231,7 @@ def test_url(files, llama, tmp_path):
 def test_addresses(url, file, monkeypatch):
     """Fails if the token goes to another host, or an address of the Hub is not known as such."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://mirror:81/hf")
-    found = names._find(url)
+    found = remote._find(url)
     assert (found.repository, found.file) == (("user/x", file) if file else ("", url))
 
 
