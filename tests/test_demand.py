@@ -301,7 +301,7 @@ def test_bench(smollm, short_blocks):
     embedded = bench(smollm, cache=16, demand="embeddings", loads=2, seconds=0)
     assert [cell.batch for cell in embedded.cells] == [64, 512]
     assert embedded.cells[1].bound > plan(smollm).demand.embedding > 1.2
-    if embedded.resources:  # logits of 512 tokens
+    if embedded.resources and "SANITIZER" not in os.environ:  # logits of 512 tokens; a sanitizer's own memory differs
         assert embedded.resources_source.peak - embedded.resources.peak > 20 << 20
 
 
