@@ -149,6 +149,7 @@ def test_an_output_that_is_refused(files, llama, tmp_path):
 
 def test_a_storage_that_fails(files, tmp_path):
     """hf_xet's errors are no OSError. Fails with a traceback."""
+    pytest.importorskip("hf_xet")  # not on every system; without it, files come from elsewhere
     with hub(files) as server:
         server.has_xet = True
         done = asked(server, tmp_path, "inspect", "hf:user/x")
