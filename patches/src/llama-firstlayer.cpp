@@ -35,9 +35,6 @@ void llama_firstlayer::set_weights(const llama_model & model) {
             spare_weights.push_back(t);
         }
     }
-    for (const auto & [_, t] : phantoms) {
-        weights.insert(t);
-    }
 }
 
 void llama_firstlayer::populate(const llama_model & model) const {
@@ -65,6 +62,8 @@ void llama_firstlayer::check(llama_model_base & model) {
     if (tables.empty()) {
         return;
     }
+    // so that they can be recognized in graphs, and graphs, whose room llama.cpp bounds by the number of weights, have the source's
+    model.tensors_by_name.insert(model.tensors_by_name.end(), phantoms.begin(), phantoms.end());
     set_weights(model);
     populate(model);
 

@@ -319,9 +319,6 @@ struct llama_firstlayer {
     // Build graphs of the loaded model once. Throws std::runtime_error if they would read an elided weight.
     void check(llama_model_base & model);
 
-    // number of weights that graphs have nodes for, but the model has not
-    size_t n_phantoms() const { return phantoms.size(); }
-
     // Whether the loaded model can be written to a file; logs an error if not.
     bool can_save() const;
 
