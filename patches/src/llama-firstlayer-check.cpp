@@ -1,5 +1,6 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "llama-context.h"
 #include "llama-firstlayer-fill.h"
 #include "llama-firstlayer-pages.h"
@@ -248,4 +249,92 @@ void llama_firstlayer::check_rows() {
         }
     }
     llama_firstlayer_release(mapped);  // memory that is read on demand is not held because a check has read it
+}
+
+void llama_firstlayer::populate(const llama_model & model) const {
+    auto *     cpu     = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto is_numa = (decltype(ggml_is_numa) *) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
+                                                                                      "ggml_backend_cpu_is_numa");
+    if (!lazy || (is_numa && is_numa())) {
+        return;
+    }
+    llama_memory_ranges mapped;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        if (llama_firstlayer_is_mapped(t) && !model.can_prefetch.count(t) && !spares.count(name)) {
+            mapped.push_back({ t->data, ggml_nbytes(t) });
+        }
+    }
+    llama_firstlayer_populate(mapped);
+}
+
+void llama_firstlayer::check(llama_model_base & model) {
+    loading = nullptr;
+    if (cache_bytes > 0) {
+        create_cache(model);
+        return;
+    }
+    if (tables.empty()) {
+        return;
+    }
+    // so that they can be recognized in graphs, and graphs, whose room llama.cpp bounds by the number of weights, have the source's
+    model.tensors_by_name.insert(model.tensors_by_name.end(), phantoms.begin(), phantoms.end());
+    set_weights(model);
+    populate(model);
+
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        // the rows are on the host, and their copies on the devices are not split like the KV cache
+        if (!phantoms.empty() || !spares.empty()) {
+            throw std::runtime_error(
+                "tables cannot be used with split mode 'tensor': choose another one, or convert the "
+                "model again with --keep-weights");
+        }
+        LLAMA_LOG_WARN("%s: tables are not used with split mode 'tensor'\n", __func__);
+        sites.clear();
+        return;
+    }
+
+    const bool is_built = build_graphs(model);
+    if (!is_built && !problem.empty()) {
+        throw std::runtime_error(problem);
+    }
+    if (!is_built) {
+        // some models only run together with another one; apply() still checks every graph
+        LLAMA_LOG_DEBUG("%s: cannot build a graph of this model on its own\n", __func__);
+        return;
+    }
+    for (const auto & site : sites) {
+        if (site.used) {
+            continue;
+        }
+        if (!phantoms.empty()) {
+            throw std::runtime_error(
+                format("no node of the graph matches the recipe of '%s': %s. This build of llama.cpp "
+                       "computes it otherwise, convert the model again with the matching "
+                       "gguf-firstlayer",
+                       site.name.c_str(), site.recipe.c_str()));
+        }
+        LLAMA_LOG_WARN("%s: no node of the graph matches the recipe of '%s', its table is not used: %s\n", __func__,
+                       site.name.c_str(), site.recipe.c_str());
+    }
+    if (!problem.empty()) {
+        throw std::runtime_error(problem);
+    }
+    // columns that nobody needs would take memory for each token of a batch
+    for (const auto & site : sites) {
+        tables[site.table].dropped = tables[site.table].dropped || !site.used;
+    }
+    for (auto & site : sites) {
+        site.used = site.used && !tables[site.table].dropped;
+    }
+    check_rows();
+    sample.reset();
+
+    // a warning, since tools do not show info messages
+    const auto is_used = [](const site & s) {
+        return s.used;
+    };
+    const size_t n_used = std::count_if(sites.begin(), sites.end(), is_used);
+    if (n_used > 0) {
+        LLAMA_LOG_WARN("%s: the first layer comes from tables (%zu of %zu sites)\n", __func__, n_used, sites.size());
+    }
 }
