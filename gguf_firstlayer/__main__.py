@@ -15,6 +15,7 @@ from typing import Any
 import shtab
 
 from gguf_firstlayer import __version__
+from gguf_firstlayer.ask import tell_of_retries
 from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError
 from gguf_firstlayer.hub import model_name
 from gguf_firstlayer.installation import build
@@ -76,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         handler.setFormatter(Printable())
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+        tell_of_retries()
     logging.raiseExceptions = False  # the terminal may be closed
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we say in one sentence what its warnings tell of each attempt
     failure, interrupted = 1, ""
     try:
         parser = _parser()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -21,6 +23,20 @@ _HTTP_LIBRARIES = ("httpx", "httpx2")
 
 class NoAnswerError(FirstLayerError):
     """The server cannot be reached, or HF_HUB_OFFLINE is set."""
+
+
+def tell_of_retries() -> None:
+    """Say that huggingface_hub tries again to reach a server, for some 20 seconds, instead of its warnings of each attempt."""
+
+    def tell(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith("Retrying"):
+            log.info("the server does not answer; trying again")
+        return False
+
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    attempts = logging.getLogger("huggingface_hub.utils._http")
+    attempts.setLevel(logging.WARNING)
+    attempts.addFilter(tell)
 
 
 def ask(name: str, call: Callable[[], T]) -> T:

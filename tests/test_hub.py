@@ -322,7 +322,9 @@ def test_refusals(files, tmp_path):
         assert "is no model on the Hub" in refusal(asked(server, tmp_path, "plan", "hf:x", **known))
         assert "is not a GGUF file" in refusal(asked(server, tmp_path, "plan", f"{server.elsewhere}README.md"))
     # nothing listens any more
-    assert "cannot be reached" in refusal(asked(server, tmp_path, "inspect", "hf:user/x/llama-Q4_K_M.gguf"))
+    gone = asked(server, tmp_path, "inspect", "hf:user/x/llama-Q4_K_M.gguf")
+    assert "the server does not answer; trying again" in gone.stderr
+    assert "cannot be reached" in refusal(gone)
 
 
 def test_run(files, smollm, tmp_path):

@@ -227,6 +227,14 @@ llama_firstlayer_walk::tensor_set llama_firstlayer_walk::replace(
         llama_firstlayer_add_node(gf, t);
     }
 
+    // llama.cpp's allocator keeps its plan for a graph with as many nodes, which may be this one as it was: that of a batch for
+    // which a row cache has no room
+    if (ggml_graph_n_nodes(gf) == (int) nodes.size()) {
+        ggml_tensor * leaf = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+        ggml_set_input(leaf);
+        ggml_build_forward_expand(gf, ggml_view_1d(ctx, leaf, 1, 0));
+    }
+
     tensor_set gone;
     std::copy_if(affected.begin(), affected.end(), std::inserter(gone, gone.end()),
                  [&](const ggml_tensor * t) { return get(t).kind == PURITY_PURE && !is_live.count(t); });

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import pickle
+import re
 import sys
 import tempfile
 import threading
@@ -49,13 +50,17 @@ Tensor._fields_ = [
 ]
 
 messages: list[str] = []
+n_nodes: list[int] = []  # of the last context's graphs for prompts and for single tokens; one number if they are equal
 pools: list[int] = []  # addresses of the pools of threads that a context runs on
 
 
 @llama_cpp.llama_log_callback
 def on_log(level, text, _user_data):
+    line = text.decode(errors="replace")
     if level >= 3:  # warnings and errors; 5 continues a line
-        messages.append(text.decode(errors="replace"))
+        messages.append(line)
+    elif told := re.search(r"graph.*: nodes = ([\d /]+),", line):
+        n_nodes[:] = [int(n) for n in told[1].split(" / ")]
 
 
 class Model:
@@ -232,6 +237,7 @@ def outputs(job):
             results[size] = np.concatenate([batch(context, part, 0 if embeds else first) for first, part in parts])
         llama_cpp.llama_free(context)
     results["cache"] = cache_data(model)
+    results["nodes"] = (n_nodes[0], n_nodes[-1])
     model.close()
     return results
 
