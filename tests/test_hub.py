@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants
 from support.builds import ROOT
 from support.command_line import cli, refusal, run_tool, split
 from support.hub import COMMIT, Hub, hub
-from support.models import rewrite
+from support.models import lora, rewrite
 
 from gguf_firstlayer import auto, card, convert, plan
 from gguf_firstlayer import hub as remote
@@ -330,11 +330,15 @@ def test_refusals(files, tmp_path):
 def test_run(files, smollm, tmp_path):
     """A tool gets the file that a model is downloaded to; a prompt that looks like one stays as it is."""
     options = ["-n", 8, "-p", "hf:user/x", "-no-cnv", "--temp", 0]
-    with hub(files) as server:
+    adapter = lora(tmp_path / "lora.gguf", "blk.0.attn_q.weight", 576, 576)
+    with hub(files | {"lora.gguf": adapter}) as server:
         done = asked(server, tmp_path, "run", "main", "-m", "hf:user/x:Q4_1", *options)
         assert done.returncode == 0, done.stderr
         assert done.stdout == cli("run", "main", "-m", smollm, *options).stdout != ""
         assert server.downloaded == ["smollm-Q4_1.gguf"]
+        adapted = asked(server, tmp_path, "run", "main", "-m", "hf:user/x:Q4_1", "--lora", "hf:user/x/lora.gguf", *options)
+        assert adapted.stdout == cli("run", "main", "-m", smollm, "--lora", adapter, *options).stdout != ""
+        assert server.downloaded == ["smollm-Q4_1.gguf", "lora.gguf"]
         assert "no such GGUF model" in refusal(asked(server, tmp_path, "run", "main", "-m", "hf:user/x:Q8_0"))
 
 
