@@ -79,7 +79,7 @@ run_sanitized() {
     flags="-O1 -g1 -DNDEBUG $flags"
     export CFLAGS=$flags CXXFLAGS=$flags CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
     # the process that forks for each job of the tests has threads, numpy's
-    export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0"
+    export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0 suppressions=$PWD/scripts/races.supp"
     # Python is not built with a sanitizer, so its library must come first
     SANITIZER="$(cc -print-file-name=$library) $(cc -print-file-name=libstdc++.so)" exec "$folder/$script" "${@:3}"
 }
