@@ -33,7 +33,9 @@ def tell_of_retries() -> None:
             log.info("the server does not answer; trying again")
         return False
 
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if "HF_HUB_VERBOSITY" in os.environ:
+        return  # the user wants to see its log
+    os.environ["HF_HUB_VERBOSITY"] = "error"
     attempts = logging.getLogger("huggingface_hub.utils._http")
     attempts.setLevel(logging.WARNING)
     attempts.addFilter(tell)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
+import os
 import re
 import signal
 import sys
@@ -169,6 +171,8 @@ def _announced(remote: Remote) -> Iterator[None]:
 @contextmanager
 def _ending_at_once() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the command line: hf_xet keeps Python from handling them, and a download goes on later."""
+    if Caller.is_command_line:
+        atexit.register(_end_silently)
     ours = [number for number in STOPPING if number != signal.SIGINT and callable(signal.getsignal(number))]
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ours if Caller.is_command_line}
     try:
@@ -177,6 +181,11 @@ def _ending_at_once() -> Iterator[None]:
         for number, handler in handlers.items():
             if signal.getsignal(number) == signal.SIG_DFL:  # after Ctrl-C, it is ignored
                 signal.signal(number, handler)
+
+
+def _end_silently() -> None:
+    """Keep what hf_xet's threads say when Python ends before them from standing below our last sentence."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextmanager
