@@ -86,6 +86,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         folder, lock = _make_folder(output)
     except OSError as err:
         raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
+    kept: list[Path] = []
     try:
         yield folder / output.name
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
@@ -93,7 +94,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
             _sync(part)
         with undisturbed(), ExitStack() as undo:
             for part in parts:
-                _appear(part, output.with_name(part.name), force, undo)
+                _appear(part, output.with_name(part.name), force, undo, kept)
             undo.pop_all()
             Appeared.last = output.with_name(parts[-1].name)
             _sync(output.parent)
@@ -102,9 +103,12 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
     except OSError as err:
         if err.errno == errno.EFAULT:  # a page of a mapped file is gone
             raise FirstLayerError(f"a source of {output} was truncated while it was read; nothing was written") from err
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
+        names = ", ".join(sorted(old.name for old in kept))
+        where = f"; what it was to replace could not be put back, and is in {folder}: {names}" if kept else ""
+        raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}{where}") from err
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -115,17 +119,20 @@ def _parts(output: Path) -> list[Path]:
     return sorted(path for path in output.parent.iterdir() if pattern.fullmatch(path.name))
 
 
-def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:
-    """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile."""
+def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[Path]) -> None:
+    """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile.
+
+    Undoing it adds to `kept` the file that was replaced, if that cannot be put back.
+    """
     if force:
-        old = part.with_name(f"{part.name}.old")
+        old, is_new = part.with_name(f"{part.name}.old"), not os.path.lexists(target)
         with suppress(OSError, NotImplementedError):  # where links are not possible, what is replaced cannot be kept
-            if os.path.lexists(target):
-                os.link(target, old, follow_symlinks=False)
-                undo.callback(old.replace, target)
-            else:
-                undo.callback(target.unlink, missing_ok=True)
+            os.link(target, old, follow_symlinks=False)
         part.replace(target)
+        if is_new:
+            undo.callback(target.unlink)
+        elif os.path.lexists(old):
+            undo.callback(_put_back, old, target, kept)
         return
     try:
         os.link(part, target)  # unlike a rename, never replaces anything
@@ -136,6 +143,14 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack) -> None:
             raise _exists(target) from None
         part.rename(target)
     undo.callback(target.unlink)
+
+
+def _put_back(old: Path, target: Path, kept: list[Path]) -> None:
+    try:
+        old.replace(target)
+    except OSError:
+        kept.append(old)
+        raise
 
 
 def _make_folder(output: Path) -> tuple[Path, int | None]:

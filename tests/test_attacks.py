@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from attacks.__main__ import NAMES
-from attacks.faults import Bench
-from support.builds import PATCHED, ROOT, STOCK, run
+from attacks.faults import Bench, shim
+from support.builds import PATCHED, ROOT, STOCK, preload, run
+from support.command_line import cli, refusal
 from support.models import convert
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak of memory")
@@ -122,6 +123,26 @@ def test_faults(tmp_path):
         ("x-flp.gguf", "rename", 1, errno.EXDEV, True),
     ]:
         assert bench.attack(output, function, n, error, replace) == (True, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
+def test_old_parts_survive(llama, tmp_path):
+    """Parts that cannot be put back, since renaming goes on failing, are not removed, and the sentence says where they are."""
+    library, folder = shim(tmp_path), tmp_path / "work"
+    folder.mkdir()
+    command = ["convert", llama, "-o", folder / "x.gguf", "--type", "f32", "--split-max-size", "1M"]
+    assert cli(*command).returncode == 0
+    for path in folder.iterdir():
+        path.write_text(path.name)
+    names = sorted(os.listdir(folder))
+    fault = {"FAULT": f"rename:3:{errno.EACCES}", "FAULT_FOLDER": str(folder), "FAULT_FIRED": str(tmp_path / "fired")}
+    said = refusal(cli(*command, "--force", env={**os.environ, **preload(library), **fault}))
+    lost = [name for name in names if (folder / name).read_bytes() != name.encode()]
+    assert len(lost) == 2
+    (kept,) = folder.glob(".x.gguf.*")
+    assert [(kept / f"{name}.old").read_text() for name in lost] == lost
+    assert str(kept) in said
+    assert all(f"{name}.old" in said for name in lost)
 
 
 def test_scripts_write_files(llama_flp, tmp_path):
