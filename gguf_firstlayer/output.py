@@ -138,11 +138,15 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[P
         os.link(part, target)  # unlike a rename, never replaces anything
     except FileExistsError:
         raise _exists(target) from None
-    except OSError:  # a file system without links
-        if os.path.lexists(target):
+    except OSError:  # a file system without links: an empty file takes the name first
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
             raise _exists(target) from None
-        part.rename(target)
-    undo.callback(target.unlink)
+        undo.callback(target.unlink)
+        part.replace(target)
+    else:
+        undo.callback(target.unlink)
 
 
 def _put_back(old: Path, target: Path, kept: list[Path]) -> None:

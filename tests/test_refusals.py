@@ -142,7 +142,7 @@ def test_output_exists(llama, tmp_path):
 
 
 def test_output_appears_meanwhile(tmp_path, monkeypatch):
-    """Of two conversions to one name, one succeeds. Without links, as on FAT, the name is looked for last."""
+    """Of two conversions to one name, one succeeds, also without links, as on FAT."""
 
     def write(output: Path, *parts: str) -> None:
         with replacing(output, force=False) as temporary:
