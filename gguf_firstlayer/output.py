@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,10 +17,8 @@ from gguf_firstlayer.c_api import undisturbed
 from gguf_firstlayer.errors import FirstLayerError, option
 from gguf_firstlayer.text import log
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".part"
 
@@ -161,9 +160,13 @@ def _make_folder(output: Path) -> tuple[Path, int | None]:
     """A temporary folder, and the handle that locks it while this process lives, where the system supports such locks."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=SUFFIX, dir=output.parent))
-        if fcntl is None:
-            return folder, None
         with suppress(FileNotFoundError):  # another process took it for abandoned, before it was locked
+            if sys.platform == "win32":  # which cannot lock folders; it removes such a file with the process, however that ends
+                lock = os.open(_sign_of_life(folder), os.O_CREAT | os.O_WRONLY | os.O_TEMPORARY)
+                if folder.exists():
+                    return folder, lock
+                os.close(lock)
+                continue
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,14 +181,22 @@ def _make_folder(output: Path) -> tuple[Path, int | None]:
             os.close(lock)
 
 
+def _sign_of_life(folder: Path) -> Path:
+    return folder.with_suffix(".open")
+
+
 def _remove_abandoned(output: Path) -> None:
     """Remove the temporary folders that killed processes left beside this output: no process holds a lock on them."""
-    for folder in output.parent.glob(f".*{SUFFIX}") if fcntl else ():
+    for folder in output.parent.glob(f".*{SUFFIX}"):
         match = _FOLDER.fullmatch(folder.name)
         with suppress(OSError):
             stem = Path(match[1]).stem if match else None
             if stem is None or not all(entry.is_file() and entry.name.startswith(stem) for entry in folder.iterdir()):
                 continue  # of another program
+            if sys.platform == "win32":
+                if not _sign_of_life(folder).exists():
+                    shutil.rmtree(folder)
+                continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

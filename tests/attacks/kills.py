@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import subprocess
@@ -11,11 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from support.models import write_archs
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+from support.models import digest, write_archs
 
 
 def main(n_kills: int) -> int:

@@ -114,8 +114,10 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
     if worker is None:
         pipe = subprocess.PIPE
         worker = subprocess.Popen([sys.executable, str(WORKER)], stdin=pipe, stdout=pipe, text=True, env=environment)
-    with tempfile.NamedTemporaryFile(suffix=".pickle") as out, tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        request = {"jobs": jobs, "environment": environment, "out": out.name, "log": log.name, "forks": forks}
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder, "out"), Path(folder, "log")
+        log.touch()
+        request = {"jobs": jobs, "environment": environment, "out": out, "log": log, "forks": forks}
         worker.stdin.write(json.dumps(request, default=str) + "\n")
         worker.stdin.flush()
         if forks:
@@ -125,8 +127,8 @@ def run(build: Path, *jobs: dict[str, Any]) -> list[Any]:
         else:
             worker.communicate()
             code = str(worker.returncode)
-        assert code == "0", f"{code}: {log.read()[-2000:]}"
-        return pickle.load(out)
+        assert code == "0", f"{code}: {log.read_text(errors='replace')[-2000:]}"
+        return pickle.loads(out.read_bytes())
 
 
 def both(function: Callable[[Any], Any], *arguments: Any) -> tuple[Any, ...]:

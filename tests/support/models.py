@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from support.builds import PATCHED, ROOT, STOCK
 def convert(source: Path, output: Path | None = None, *, type: str = "q8_0", **options: Any) -> Conversion:
     """Convert a model without choosing types by measurement."""
     return gguf_firstlayer.convert(source, output, type=type, **options)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def rewrite(

@@ -22,6 +22,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_firstlayer.installation import library_name
+
 Shape = tuple[int, ...]
 Value = bool | int | float | str | list[int] | list[bool] | list[str]
 
@@ -240,7 +242,7 @@ class InitParams(ctypes.Structure):
 
 def ggml(name: str, result: Any, *arguments: Any) -> Any:
     """A function of the ggml library that llama-cpp-python has loaded; its bindings cover only llama.cpp's functions."""
-    function = llama_cpp.llama_cpp._lib[name]
+    function = ctypes.CDLL(str(Path(llama_cpp.llama_cpp._lib._name).with_name(library_name("ggml-base"))))[name]
     function.restype, function.argtypes = result, arguments
     return function
 

@@ -269,7 +269,8 @@ def graph(job):
     outputs: of how many tokens of a batch there are logits; by default, of all
     """
     model = Model(job["model"], **job.get("load", {}))
-    op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc  # in a library that libllama depends on
+    base = Path(os.environ["LLAMA_CPP_LIB_PATH"], installation.library_name("ggml-base"))
+    op_desc = ctypes.CDLL(str(base)).ggml_op_desc
     op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     nodes = []
 
