@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import openai
-
 from support.builds import PATCHED, ROOT
 from support.command_line import load_options, missing
 from support.ports import free_port
@@ -49,8 +47,10 @@ def serving(
 
 
 @contextmanager
-def openai_client(command: list[object], environment: dict[str, str] | None = None) -> Iterator[openai.OpenAI]:
+def openai_client(command: list[object], environment: dict[str, str] | None = None) -> Iterator[Any]:
     """A client of a server, which gets the option --port and ends with the context."""
+    import openai  # which not every platform has
+
     port = free_port()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     not_yet = (openai.APIConnectionError, openai.InternalServerError)
