@@ -149,6 +149,7 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[P
 
 
 def _put_back(old: Path, target: Path, kept: list[Path]) -> None:
+    """Give a file that was replaced its name again, or add it to `kept`."""
     try:
         old.replace(target)
     except OSError:
@@ -161,27 +162,25 @@ def _make_folder(output: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=SUFFIX, dir=output.parent))
         with suppress(FileNotFoundError):  # another process took it for abandoned, before it was locked
-            if sys.platform == "win32":  # which cannot lock folders; it removes such a file with the process, however that ends
+            if sys.platform == "win32":
                 lock = os.open(_sign_of_life(folder), os.O_CREAT | os.O_WRONLY | os.O_TEMPORARY)
-                if folder.exists():
-                    return folder, lock
-                os.close(lock)
-                continue
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # likewise
-                os.close(lock)
-                continue
-            except OSError:  # a file system without locks
-                os.close(lock)
-                return folder, None
+            else:
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # likewise
+                    os.close(lock)
+                    continue
+                except OSError:  # a file system without locks
+                    os.close(lock)
+                    return folder, None
             if folder.exists():
                 return folder, lock
             os.close(lock)
 
 
 def _sign_of_life(folder: Path) -> Path:
+    """On Windows, which cannot lock folders: a file that the system removes when its process ends, however that ends."""
     return folder.with_suffix(".open")
 
 

@@ -241,8 +241,11 @@ class InitParams(ctypes.Structure):
 
 
 def ggml(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the ggml library that llama-cpp-python has loaded; its bindings cover only llama.cpp's functions."""
-    function = ctypes.CDLL(str(Path(llama_cpp.llama_cpp._lib._name).with_name(library_name("ggml-base"))))[name]
+    """A function of ggml, or one of llama.cpp that the bindings leave out, in the libraries that they have loaded."""
+    llama = llama_cpp.llama_cpp._lib
+    # Windows does not look in the libraries that libllama depends on
+    base = ctypes.CDLL(str(Path(llama._name).with_name(library_name("ggml-base"))))
+    function = base[name] if hasattr(base, name) else llama[name]
     function.restype, function.argtypes = result, arguments
     return function
 
