@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -274,6 +276,7 @@ def summary(result: Conversion) -> str:
     types = {site.name: result.tables[site.table].type.name.lower() for site in result.sites}
     command = [*program(), "run", "main", "-m", result.source if result.sidecar else result.output]
     command += ["--firstlayer", result.output] if result.sidecar else []
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     what = "not loaded" if result.sidecar else "elided"
     before, after = size_text(result.source_bytes), size_text(result.output_bytes)
     files = f"{after} beside {before}" if result.sidecar else f"{before} -> {after} ({change / result.source_bytes:+.1%})"
@@ -293,7 +296,7 @@ def summary(result: Conversion) -> str:
         f"at best {result.decode_bound:.3f} times as fast in decoding, {result.prefill_bound:.3f} in prefill",
         *([f"slower in decoding {on_gpu}"] if round(slowest.decode, 3) < 1 else []),
         f"wrote {result.output}",
-        f'run it: {shlex.join(map(str, command))} -p "..."',
+        f'run it: {join(list(map(str, command)))} -p "..."',
     ]
     return "\n".join(lines)
 
