@@ -63,6 +63,10 @@ build_llama() {
     touch "$folder/built"
 }
 
+# what the core of the suite needs on another platform, beside numpy and llama-cpp-python's Python files
+# shellcheck disable=SC2034
+suite_packages=("gguf>=0.19,<0.20" "huggingface_hub>=0.30,<3" rich shtab tqdm pytest pytest-timeout diskcache jinja2 typing-extensions)
+
 # run_sanitized OPTION SCRIPT ARGUMENT...: run a script of the last commit, of which build/sanitize... is a clone, with sanitizers in
 # all its builds: AddressSanitizer and UndefinedBehaviorSanitizer with --sanitize, ThreadSanitizer with --sanitize=thread
 run_sanitized() {

@@ -33,7 +33,6 @@ import resource
 import termios
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_what_cannot_be_mapped(llama, tmp_path):
     """Fails if the program waits for what never comes, or looks for its parent's streams in another process."""
     os.mkfifo(tmp_path / "fifo")

@@ -126,6 +126,11 @@ class Model:
         llama_cpp.llama_model_free(self.model)
 
 
+def part_of_ggml(name):
+    """One of the libraries that libllama depends on, in which Windows does not look for its functions."""
+    return ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"], installation.library_name(name))))
+
+
 def cache_data(model):
     """What `llama_model_firstlayer_get_cache` says of a loaded model; None without a cache, and on the stock library."""
     names = ["n_rows", "n_rows_max", "n_hits", "n_misses", "n_bytes", "n_bytes_max", "t_us"]
@@ -269,8 +274,7 @@ def graph(job):
     outputs: of how many tokens of a batch there are logits; by default, of all
     """
     model = Model(job["model"], **job.get("load", {}))
-    base = Path(os.environ["LLAMA_CPP_LIB_PATH"], installation.library_name("ggml-base"))
-    op_desc = ctypes.CDLL(str(base)).ggml_op_desc
+    op_desc = part_of_ggml("ggml-base").ggml_op_desc
     op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     nodes = []
 
@@ -462,8 +466,7 @@ def control(model, context, seed):
 
 def threadpools(context, *sizes):
     """Run a context on pools of its own (llama_attach_threadpool); without sizes, no longer, and free them."""
-    folder, llama = Path(os.environ["LLAMA_CPP_LIB_PATH"]), llama_cpp.llama_cpp._lib
-    base, cpu = (ctypes.CDLL(str(folder / installation.library_name(name))) for name in ("ggml-base", "ggml-cpu"))
+    llama, base, cpu = llama_cpp.llama_cpp._lib, part_of_ggml("ggml-base"), part_of_ggml("ggml-cpu")
     new, free = cpu.ggml_threadpool_new, cpu.ggml_threadpool_free
     new.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     if sizes:
