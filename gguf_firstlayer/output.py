@@ -80,13 +80,13 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
     Raises:
         FirstLayerError: the output cannot be written, or exists by then.
     """
-    try:
-        _remove_abandoned(output)
-        folder, lock = _make_folder(output)
-    except OSError as err:
-        raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}") from err
+    folder: Path | None = None
+    lock: int | None = None
     kept: list[Path] = []
     try:
+        _remove_abandoned(output)
+        with undisturbed():  # no interruption between the folder's creation and this assignment
+            folder, lock = _make_folder(output)
         yield folder / output.name
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
@@ -106,7 +106,7 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         where = f"; what it was to replace could not be put back, and is in {folder}: {names}" if kept else ""
         raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}{where}") from err
     finally:
-        if not kept:
+        if folder is not None and not kept:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)

@@ -136,7 +136,7 @@ def test_interrupted(sent, smollm, smollm_flp, tmp_path):
     before, whole = digest(smollm), digest(smollm_flp["q8_0"])
     output = tmp_path / "x.gguf"
     command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(smollm), "-o", str(output), "--type", "q8_0"]
-    for megabytes in (0, 20, 90, 120):
+    for megabytes in (0, 20, 60, 100):
         code, errors = interrupt(command, sent, lambda _, size=megabytes << 20: written(tmp_path) >= size)
         assert not output.exists()
         if sent == signal.SIGKILL:
@@ -166,6 +166,26 @@ sys.exit(__main__.main(["convert", *sys.argv[1:]]))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"gguf-firstlayer: interrupted, {tmp_path / 'x.gguf'} is complete"
     assert (tmp_path / "x.gguf").read_bytes() == convert(llama, tmp_path / "y.gguf", type="q8_0").output.read_bytes()
+
+
+def test_interrupted_when_the_folder_is_made(llama, tmp_path):
+    """Fails if the folder stays."""
+    code = """
+import os, signal, sys, tempfile
+from gguf_firstlayer import __main__
+make = tempfile.mkdtemp
+def interrupted(dir=None, **options):
+    made = make(dir=dir, **options)
+    if str(dir) == sys.argv[-1]:
+        os.kill(os.getpid(), signal.SIGINT)
+    return made
+tempfile.mkdtemp = interrupted
+sys.exit(__main__.main(["convert", sys.argv[1], "-o", f"{sys.argv[-1]}/x.gguf"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, llama, tmp_path], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "gguf-firstlayer: interrupted, nothing was written"
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_while_it_starts(smollm):
