@@ -30,6 +30,10 @@ _LOG_LEVEL_ERROR = 4
 # bytes of `llama_model_kv_override::val_str`, without the zero at its end
 MAX_OVERRIDE = 127
 
+# values beyond this are not quantized: for the smallest types, ggml compares products of four of them, and aborts if those are
+# infinite
+MAX_QUANTIZED = 1e8
+
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -160,6 +164,7 @@ class Library:
         signatures: dict[str, tuple[Any, Any]] = {
             "llama_firstlayer_error": (text, []),
             "llama_firstlayer_explain_bus_errors": (None, [text]),
+            "llama_firstlayer_remove_on_bus_error": (None, [text, text]),
             "llama_firstlayer_init": (handle, [text, i32, i32, flag]),
             "llama_firstlayer_init_on": (handle, [text, text, i32, i32, flag]),
             "llama_firstlayer_init_for_cache": (handle, [text, i32]),
@@ -211,6 +216,16 @@ class Library:
         self.ggml.ggml_validate_row_data.restype = ctypes.c_bool
         self.ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.ggml.ggml_quantize_chunk.argtypes = [i32, handle, handle, i64, i64, i64, handle]
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Remove an incomplete file, and its temporary folder, if a bus error ends the process in this context."""
+        self._incomplete = [os.fsencode(path), os.fsencode(path.parent)]  # kept here, too
+        self.llama.llama_firstlayer_remove_on_bus_error(*self._incomplete)
+        try:
+            yield
+        finally:
+            self.llama.llama_firstlayer_remove_on_bus_error(None, None)
 
     def error(self) -> str:
         """The message of our last function that failed, and the first error that llama.cpp logged before it."""
@@ -318,9 +333,10 @@ class Library:
 
         n_threads = os.cpu_count() or 1
         ends = [n * i // n_threads for i in range(n_threads + 1)]
+        valid = block == 1 or bool((np.abs(rows) <= MAX_QUANTIZED).all())
         with undisturbed(), ThreadPoolExecutor(n_threads) as pool:
-            valid = list(pool.map(part, ends, ends[1:]))
-        if not all(valid):
+            valid = valid and all(pool.map(part, ends, ends[1:]))
+        if not valid:
             raise FirstLayerError(
                 f"the first layer has values that {ggml_type.name.lower()} cannot hold; convert with a wider type, like f32"
             )

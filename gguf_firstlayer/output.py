@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from gguf_firstlayer.c_api import undisturbed
+from gguf_firstlayer.c_api import library, undisturbed
 from gguf_firstlayer.errors import FirstLayerError, option
 from gguf_firstlayer.text import log
 
@@ -87,7 +87,8 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         _remove_abandoned(output)
         with undisturbed():  # no interruption between the folder's creation and this assignment
             folder, lock = _make_folder(output)
-        yield folder / output.name
+        with library().writing(folder / output.name):
+            yield folder / output.name
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
             _sync(part)

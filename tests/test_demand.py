@@ -11,6 +11,7 @@ from pathlib import Path
 import architectures
 import numpy as np
 import pytest
+from architectures import RANDOM, only_embeds
 from gguf import GGUFReader
 from support.builds import PATCHED, STOCK, CachedAndDemanded, Demanded, both, run, same, session
 from support.command_line import cli, refusal, run_tool, tool
@@ -23,16 +24,11 @@ from gguf_firstlayer.text import to_json
 
 NAMES = sorted(architectures.read())
 
-# whose output changes from run to run
-RANDOM = {"eagle3-dense"}
 # llama.cpp aborts if it is asked for no output of theirs, or for their embeddings, or gives NaN
 ALWAYS_OUTPUT, NO_EMBEDDINGS = {"chameleon-dense"}, {"deepseek4-moe", "qwen4exp-moe", "t5-dense"}
 # decoders whose graphs select no rows, or none that products are computed for
 ALL_ROWS = {"cogvlm-dense", "dflash-dense", "dream-dense", "llada-dense", "llada-moe-moe", "rnd1-moe", "wavtokenizer-dec-dense"}
 ALL_ROWS |= {"rwkv6-dense", "rwkv7-dense"}
-
-# which only embed
-EMBEDDERS = {name for name in NAMES if "bert" in name or name.startswith(("gemma-embedding", "llama-embed", "t5encoder"))}
 
 NONE, MEAN, CLS, LAST, RANK = range(5)
 
@@ -72,7 +68,7 @@ def close(ours: np.ndarray, stock: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - RANDOM - EMBEDDERS))
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM and not only_embeds(name)])
 def test_prompts(name, archs):
     """With outputs for some tokens, one, or none: logits as stock's, and for several tokens bit for bit, and so is all memory.
 

@@ -8,9 +8,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -83,19 +81,7 @@ llama_firstlayer_analysis::llama_firstlayer_analysis(const char *       path_mod
     }
 }
 
-// for tests: a quarter of all that a file could name, at random
-static std::vector<ggml_tensor *> sample_sites(const llama_firstlayer_walk & walk, const char * seed) {
-    std::mt19937 random(atoi(seed));
-    auto         res = walk.possible_sites();
-    res.erase(std::remove_if(res.begin(), res.end(), [&](const ggml_tensor *) { return random() % 4 != 0; }),
-              res.end());
-    return res;
-}
-
 std::vector<ggml_tensor *> llama_firstlayer_analysis::choose_sites(const llama_firstlayer_walk & walk) const {
-    if (const char * seed = getenv("LLAMA_FIRSTLAYER_SAMPLE_SITES")) {
-        return sample_sites(walk, seed);
-    }
     return for_cache ? llama_firstlayer_cache::choose_sites(walk) :
                        walk.sites(model->vocab.n_tokens(), /*bytes_per_value =*/1);
 }

@@ -140,9 +140,11 @@ static std::vector<float> rounded(const std::vector<float> & row, ggml_type type
     return to_float(data, type, row.size());
 }
 
-// whether ggml can quantize these values, which it asserts for some types
-static bool can_round(const std::vector<float> & row) {
-    return std::all_of(row.begin(), row.end(), [](float x) { return std::abs(x) < 1e15f; });
+// Whether ggml can quantize these values: for the smallest types it compares products of four of them, and aborts if those are
+// infinite
+static bool can_round(const std::vector<float> & row, ggml_type type) {
+    const float max = ggml_is_quantized(type) ? 1e8f : 1e15f;
+    return std::all_of(row.begin(), row.end(), [=](float x) { return std::abs(x) <= max; });
 }
 
 static std::vector<float> stored(const ggml_tensor * table, int64_t row, int64_t column, int64_t width) {
@@ -236,9 +238,10 @@ void llama_firstlayer::check_rows() {
                                         row.size() * sizeof(float));
                 const auto   found   = stored(table, tokens[first + j], sites[i].column, sites[i].width);
                 const double error   = norm(found, row);
-                const double allowed = !can_round(row) ? 0.0 :
-                                                         ROW_ERROR * norm(row, std::vector<float>(row.size())) +
-                                                             ROW_ROUNDING * norm(rounded(row, table->type), row);
+                const double allowed = !can_round(row, table->type) ?
+                                           0.0 :
+                                           ROW_ERROR * norm(row, std::vector<float>(row.size())) +
+                                               ROW_ROUNDING * norm(rounded(row, table->type), row);
                 if (!(error <= allowed) && ++n_wrong[i] > n_allowed) {
                     throw std::runtime_error(
                         format("the tables are not of this model: '%s' of token %d is another one than its weights "

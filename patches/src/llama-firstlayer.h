@@ -50,6 +50,9 @@ LLAMA_API const char * llama_firstlayer_error(void);
 // and exit code 1, instead of by a signal. The message must stay valid. Does nothing on Windows
 LLAMA_API void llama_firstlayer_explain_bus_errors(const char * message);
 
+// Then also remove a file, and the folder that holds nothing else; nullptr: do not. The paths must stay valid until then
+LLAMA_API void llama_firstlayer_remove_on_bus_error(const char * file, const char * folder);
+
 // Find the sites of the model in a GGUF file. Only metadata is read; weights are mapped when rows are evaluated.
 // n_batch: tokens evaluated at once; n_threads: 0 for all; load_vocab: load the whole vocabulary (slow), not just its size
 LLAMA_API struct llama_firstlayer_analysis * llama_firstlayer_init(const char * path_model,
