@@ -84,7 +84,6 @@ set(bindings)
 if (hash STREQUAL LLAMA_H_SHA256)
     set(bindings ${LLAMA_CPP_PYTHON_VERSION})
 endif()
-configure_file(${CMAKE_CURRENT_LIST_DIR}/build.json.in ${CMAKE_BINARY_DIR}/bin/build.json @ONLY)
 
 #
 # patches

@@ -341,8 +341,8 @@ def verdict(ratio: Ratio, bound: float) -> str:
     return LIMITED if ratio.low - (ratio.value - bound) > 1 else IMPOSSIBLE
 
 
-def summary(result: Bench) -> str:
-    """The result as readable text."""
+def summary(result: Bench) -> list[str]:
+    """The result as lines of readable text."""
 
     def interval(ratio: Ratio) -> str:
         return f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
@@ -390,7 +390,7 @@ def summary(result: Bench) -> str:
                 lines.append(f"    page cache {label}: loaded after {load:.3f} s, first token after {first:.3f} s")
             else:
                 lines.append(f"    page cache {label}: could not be measured, the system keeps the file in memory")
-    return "\n".join(lines)
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

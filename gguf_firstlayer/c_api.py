@@ -146,9 +146,6 @@ class Library:
         except OSError as err:
             raise FirstLayerError(f"the patched llama.cpp cannot be loaded ({err}); build it again") from err
         load_backends()
-        if not hasattr(self.llama, "llama_firstlayer_init"):
-            raise FirstLayerError(f"{found['libllama']} is not patched; build again without -DFIRSTLAYER=OFF")
-
         self.errors: list[str] = []
 
         # kept as attributes: ctypes does not hold callbacks alive
@@ -199,7 +196,9 @@ class Library:
             "llama_firstlayer_run_get_model": (handle, [handle]),
         }
         for name, (result, arguments) in signatures.items():
-            function = getattr(self.llama, name)
+            function = getattr(self.llama, name, None)
+            if function is None:
+                raise FirstLayerError(f"{found['libllama']} lacks this package's patches, or has others; build again")
             function.restype, function.argtypes = result, arguments
         if Caller.is_command_line:
             self.llama.llama_firstlayer_explain_bus_errors(_BUS_ERROR)

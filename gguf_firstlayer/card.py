@@ -52,8 +52,9 @@ def card(path: ModelName, *, base_model: str | None = None) -> str:
         tags=["gguf", "llama.cpp", "gguf-firstlayer"],
     )
     name = _word(file, "general.name") or file.stem
+    page = f"---\n{data.to_yaml()}\n---\n\n{_text(name, base, file, sites, tables, elided)}"
     # text of a file becomes text of a page, not its markup
-    return re.sub(r"[<>]", "", printable(f"---\n{data.to_yaml()}\n---\n\n{_text(name, base, file, sites, tables, elided)}"))
+    return re.sub(r"[<>]", "", "\n".join(map(printable, page.split("\n"))))
 
 
 def _word(file: Source, key: str) -> str | None:

@@ -267,7 +267,7 @@ def _check_room(job: _Job, costs: CostModel, types: auto.SiteTypes) -> None:
         )
 
 
-def summary(result: Conversion) -> str:
+def summary(result: Conversion) -> list[str]:
     """What was elided and what the file gained, one line each."""
     names = ", ".join(site.name for site in result.sites)
     elided = sum(weight.bytes for weight in result.elided)
@@ -298,7 +298,7 @@ def summary(result: Conversion) -> str:
         f"wrote {result.output}",
         f'run it: {join(list(map(str, command)))} -p "..."',
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

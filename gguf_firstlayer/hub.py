@@ -78,6 +78,23 @@ def local(name: ModelName) -> Path:
         return paths[0]
 
 
+def download_with_sidecar(name: str) -> None:
+    """Get what `-hf` of llama.cpp takes from a repository to the cache: a model, and its sidecar if it has one there.
+
+    Args:
+        name: as for `local`, at the Hub
+
+    Raises:
+        FirstLayerError: as `local`.
+    """
+    local(name)
+    with _keeping(name):
+        first = _find(name)
+        sidecar = first._replace(file=re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "_firstlayer.gguf", first.file))
+        if sidecar.file in _list(name, first.repository).files:
+            download_from_hub(sidecar)
+
+
 def header(name: ModelName) -> Path:
     """The same, but only its first megabytes are read, which hold its metadata, unless it was downloaded before."""
     if not is_remote(name):

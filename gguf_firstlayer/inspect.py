@@ -66,8 +66,8 @@ def inspect(path: ModelName) -> Inspection:
         )  # fmt: skip
 
 
-def text(result: Inspection) -> str:
-    """The result as readable text."""
+def text(result: Inspection) -> list[str]:
+    """The result as lines of readable text."""
     state = "tables of a model in another file" if result.sidecar else "converted" if result.converted else "not converted"
     lines = [f"{result.path}: {result.architecture}, {size_text(result.file_bytes)}, {state}"]
     if not result.sites:
@@ -96,7 +96,7 @@ def text(result: Inspection) -> str:
         lines.append(f"not read for tokens: {name}" if result.converted else f"would not be read for tokens: {name}")
     for name in result.elidable:
         lines.append(f"would be elided: {name}")
-    return "\n".join(lines)
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

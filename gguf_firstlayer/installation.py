@@ -59,14 +59,16 @@ class Build(NamedTuple):
     Attributes:
         commit: of llama.cpp
         bindings: version of llama-cpp-python whose declarations match; "" if it was built from another llama.cpp
+        https: whether the tools can download from the Hub themselves
     """
 
     commit: str
     bindings: str
+    https: bool
 
 
 def build() -> Build:
-    """Read what cmake/llama-cpp.cmake recorded beside the libraries.
+    """Read what CMakeLists.txt recorded beside the libraries.
 
     Raises:
         FirstLayerError: there is no build, or it is incomplete.
@@ -74,7 +76,7 @@ def build() -> Build:
     path = paths()["libllama"].with_name("build.json")
     try:
         noted = json.loads(path.read_text())
-        return Build(noted["llama.cpp"], noted["llama-cpp-python"])
+        return Build(noted["llama.cpp"], noted["llama-cpp-python"], noted["https"])
     except (OSError, ValueError, KeyError) as err:
         raise FirstLayerError(f"{path} is missing or damaged; build llama.cpp again") from err
 

@@ -50,7 +50,8 @@ def check(output: Path, sources: Sequence[Path], force: bool, parts: bool = Fals
     # a link itself is replaced, not its target; so even a dangling link counts as existing
     existing = _parts(output) if parts else [output] if os.path.lexists(output) else []
     for path in existing:
-        is_stream = path.is_symlink() and os.readlink(path).startswith("/proc/")  # like /dev/stdout, which must stay
+        # like /dev/stdout, which must stay; a link to fd/1 on macOS
+        is_stream = path.is_symlink() and os.readlink(path).startswith(("/proc/", "fd/"))
         if is_stream or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
             raise FirstLayerError(f"{path} is not a regular file; choose another name with {option(argument)}")
         if path.exists() and any(path.samefile(source) for source in sources):

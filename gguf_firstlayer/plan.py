@@ -149,13 +149,13 @@ def _factor(value: float) -> str:
     return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
-def text(result: Plan) -> str:
-    """The plan as readable text."""
+def text(result: Plan) -> list[str]:
+    """The plan as lines of readable text."""
     lines = [
         f"{result.name}: {result.architecture}, {size_text(result.file_bytes)}, {result.parameters / 1e6:,.1f} M parameters"
     ]
     if not result.sites:
-        return "\n".join([*lines, f"nothing to precompute: {result.blocker}", *_demand(result)])
+        return [*lines, f"nothing to precompute: {result.blocker}", *_demand(result)]
 
     lines += [f"site {describe_price(site)}" for site in result.sites]
     lines += [
@@ -198,7 +198,7 @@ def text(result: Plan) -> str:
         ]
     if result.device:
         lines += ["", *_device(result.device)]
-    return "\n".join([*lines, *_demand(result)])
+    return [*lines, *_demand(result)]
 
 
 # of a table of plans

@@ -131,6 +131,6 @@ def main(args: argparse.Namespace) -> int:
     show(
         result,
         args.json,
-        lambda done: f"wrote {done.output}, {size_text(done.output_bytes)}, identical to the source: {done.sha256}",
+        lambda done: [f"wrote {done.output}, {size_text(done.output_bytes)}, identical to the source: {done.sha256}"],
     )
     return 0

@@ -81,13 +81,13 @@ def to_json(result: DataclassInstance) -> str:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: control characters, such as names in a file may hold, are written as escapes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    """A line for a terminal: control characters, such as names in a file may hold, are written as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def show(result: T, as_json: bool, summary: Callable[[T], str]) -> None:
+def show(result: T, as_json: bool, summary: Callable[[T], list[str]]) -> None:
     """Print a result, as JSON or as readable text."""
-    print(to_json(result) if as_json else printable(summary(result)))
+    print(to_json(result) if as_json else "\n".join(map(printable, summary(result))))
 
 
 def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

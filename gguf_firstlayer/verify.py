@@ -334,25 +334,23 @@ def _text_tokens(
     return ids, analysis.tokenize("")[:1]
 
 
-def summary(result: Verification) -> str:
-    """The result as readable text."""
+def summary(result: Verification) -> list[str]:
+    """The result as lines of readable text."""
     verdict = [*result.problems, "outside of bounds" if result.problems else "within bounds"]
     if not result.scored:
-        return "\n".join(result.problems)
+        return result.problems
     rows = (
         "the tables were computed from this source's weights;"
         f" of {result.rows_checked} rows recomputed, {result.rows_same:.0%} are the same bit for bit"
     )
     if result.pooling:
-        return "\n".join(
-            [
-                *([rows] if result.rows_checked else []),
-                f"{result.scored} texts embedded with pooling {result.pooling}",
-                f"cosine similarity: mean {result.cosine:.8f}, lowest {result.cosine_min:.8f}",
-                f"largest difference of a value: {result.embedding_max:.1e} of the RMS of all values",
-                *verdict,
-            ]
-        )
+        return [
+            *([rows] if result.rows_checked else []),
+            f"{result.scored} texts embedded with pooling {result.pooling}",
+            f"cosine similarity: mean {result.cosine:.8f}, lowest {result.cosine_min:.8f}",
+            f"largest difference of a value: {result.embedding_max:.1e} of the RMS of all values",
+            *verdict,
+        ]
     differs = ["none" if n is None else str(n + 1) for n in result.greedy]
     if result.caches:
         origin = [
@@ -387,7 +385,7 @@ def summary(result: Verification) -> str:
         f"first of {result.greedy_tokens} greedy tokens that differs for each of {len(differs)} prompts: {', '.join(differs)}",
         *verdict,
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

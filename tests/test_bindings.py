@@ -144,7 +144,7 @@ def test_it_is_the_module_itself():
         (
             "import gguf_firstlayer, sys\n"
             "paths = sys.modules['gguf_firstlayer.installation']\n"
-            "paths.build = lambda: paths.Build('of a checkout', '')",
+            "paths.build = lambda: paths.Build('of a checkout', '', True)",
             "another llama.cpp",
         ),
     ],

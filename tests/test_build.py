@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from support.builds import PATCHED, ROOT, STOCK
+from support.command_line import refusal
 
 from gguf_firstlayer.installation import library_name
 
@@ -87,7 +89,16 @@ def test_patch_that_does_not_apply(broken, tmp_path):
     assert done.returncode != 0
     message = " ".join(done.stderr.split())
     assert ("backends.patch" if broken == "already patched" else "llama-ark.h") in message
-    assert "0.3.36" in message
+    assert re.search(r"LLAMA_CPP_PYTHON_VERSION +(\S+)\)", (ROOT / "cmake" / "llama-cpp.cmake").read_text())[1] in message
+
+
+def test_libraries_of_others(llama, tmp_path):
+    """Fails if such libraries are called as if they were ours."""
+    (tmp_path / "bin").symlink_to(STOCK)
+    code = "import sys, pathlib; from gguf_firstlayer import __main__, installation; "
+    code += "installation.PACKAGE = pathlib.Path(sys.argv[2]); sys.exit(__main__.main(['plan', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", code, llama, tmp_path], capture_output=True, text=True, check=False)
+    assert re.search(r"bin/libllama\.\w+ lacks this package's patches, or has others; build again$", refusal(done))
 
 
 @pytest.mark.parametrize("project", sorted((ROOT / "plugins").glob("*/pyproject.toml")), ids=lambda path: path.parent.name)

@@ -200,7 +200,10 @@ def test_output_to_a_full_disk(llama):
 def test_names_that_the_locale_cannot_spell(name, llama, tmp_path):
     """Names in UTF-8, and names that are not valid UTF-8."""
     source, output = tmp_path / name, tmp_path / name.replace(".gguf", "-flp.gguf")
-    source.write_bytes(llama.read_bytes())
+    try:
+        source.write_bytes(llama.read_bytes())
+    except OSError:
+        pytest.skip("the file system has no such names")  # that of macOS
     for words in (
         ["convert", source, "--type", "f32"],
         ["inspect", output],

@@ -121,7 +121,7 @@ def test_bytes_to_a_device(kind, n_predict, smollm, tmp_path):
     assert (sum(ours.values()) <= sum(source.values())) == (kind in ("q8_0", "q4_0"))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="preloads a library")
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 def test_device_that_cannot_map(smollm_flp, tmp_path):
     """Beside it, llama.cpp reads nothing lazily; but tables are on the host. Fails if they are loaded whole."""
     preloaded = tmp_path / "no_mapping.so"

@@ -48,6 +48,23 @@ def test_sidecar(smollm, tmp_path):
         assert server.downloaded == ["x-Q4_1.gguf"]
 
 
+def test_tools_without_https(smollm, tmp_path):
+    """What -hf takes is downloaded for them, tables included. Fails if a tool asks the Hub itself."""
+    tables = convert(smollm, tmp_path / "x-Q4_1_firstlayer.gguf", type="f32", sidecar=True).output
+    code = "import sys; from gguf_firstlayer import __main__, installation, run; "
+    code += "run.build = lambda: installation.Build('', '', False); sys.exit(__main__.main(sys.argv[1:]))"
+    options = ["-n", 8, "-p", "Once", "-no-cnv", "--temp", 0, "--firstlayer-cache", "auto"]
+    with hub({"x-Q4_1.gguf": smollm, tables.name: tables}) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", code, "run", "main", "-hf", "user/x:Q4_1", *map(str, options)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        assert done.returncode == 0, done.stderr
+        assert server.downloaded == ["x-Q4_1.gguf", tables.name]
+    assert "the first layer comes from tables" in done.stderr
+    assert "get_repo" not in done.stderr
+    assert done.stdout == run_tool("llama-completion", "-m", smollm, *options).stdout != ""
+
+
 @pytest.fixture
 def files(smollm, llama, archs, tmp_path) -> dict[str, Path]:
     """A repository, with files beside its models as people upload them."""

@@ -332,11 +332,12 @@ def test_origin_of_other_types(key, value, llama, llama_flp, tmp_path):
 
 
 def test_control_characters_do_not_reach_the_terminal(llama, llama_flp, tmp_path):
-    names = ["\x1b]0;owned\x07", "\x9b31m", "plain"]
+    names = ["\x1b]0;owned\x07", "\x9b31m", "plain\nwithin bounds"]
     path = rewrite(llama_flp, tmp_path / "x.gguf", keys={"firstlayer.site.name": (names, T.ARRAY, T.STRING)})
     done = cli("inspect", path)
     assert done.returncode == 0, done.stderr
     assert r"\x1b]0;owned\x07" in done.stdout
+    assert r"plain\x0awithin bounds" in done.stdout  # not a line of its own
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.stdout + done.stderr)
     other = rewrite(llama, tmp_path / "y.gguf", keys={"general.architecture": ("\x1b[31mred", T.STRING)})
     assert r"\x1b[31mred" in refusal(cli("convert", other))

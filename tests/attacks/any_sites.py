@@ -16,8 +16,8 @@ from gguf_firstlayer import FirstLayerError
 
 BATCHES, N_SEQUENCES = [1, 2, 7, 64], 4
 
-# a session of which demand leaves out much: prompts with several outputs, none, and several again
-STEPS = [["decode", [[0], {"count": count, "seed": count}, outputs]] for count, outputs in ((40, 9), (30, 0), (41, 20))]
+# a session of which demand leaves out much: prompts with several outputs
+STEPS = [["decode", [[0], {"count": count, "seed": count}, outputs]] for count, outputs in ((40, 9), (30, 2), (41, 20))]
 
 # how a file is refused without weights that it needs, when it is written and when a batch is computed
 REFUSED = ("would not load", "which was replaced by a table")
