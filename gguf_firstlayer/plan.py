@@ -201,8 +201,9 @@ def text(result: Plan) -> list[str]:
     return [*lines, *_demand(result)]
 
 
-# of a table of plans
-_COLUMNS = ("model", "size", "decoding", "prefill", "file", "cached", "new prompt")
+# of a table of plans, and if a device is given
+_COLUMNS = ("model", "size", "decoding", "prefill", "file", "cached", "new prompt", "demand", "embedding")
+_DEVICE_COLUMNS = ("decoding there", "prefill there")
 _CSV = (
     "name",
     "architecture",
@@ -213,17 +214,25 @@ _CSV = (
     "cache_decode_bound",
     "cache_prefill_cold",
     "blocker",
+    "demand_prompt",
+    "demand_embedding",
+    "device_decode",
+    "device_prefill",
 )
 
 
 def _row(result: Plan) -> list[str]:
-    """A plan in one line."""
-    tables = cache = ["-", "-"]
-    if result.sites:
-        tables = [f"{result.decode_bound:.4f}x", f"{result.prefill_bound:.4f}x"]
-    if result.cache:
-        cache = [f"{result.cache.decode_bound:.4f}x", f"{result.cache.prefill_cold:.4f}x"]
-    return [result.name, size_text(result.file_bytes), *tables, f"{result.file_change / result.file_bytes:+.1%}", *cache]
+    """A plan in one line: ratios of tables, a row cache, demand for a prompt and an embedding, and a device."""
+
+    def ratios(*values: float | None) -> list[str]:
+        return [f"{value:.4f}x" if value else "-" for value in values]
+
+    tables = ratios(result.decode_bound, result.prefill_bound) if result.sites else ["-", "-"]
+    cache = ratios(result.cache.decode_bound, result.cache.prefill_cold) if result.cache else ["-", "-"]
+    demand = ratios(result.demand.prompt, result.demand.embedding) if result.demand else ["-", "-"]
+    device = ratios(result.device.decode, result.device.prefill) if result.device else []
+    change = f"{result.file_change / result.file_bytes:+.1%}"
+    return [result.name, size_text(result.file_bytes), *tables, change, *cache, *demand, *device]
 
 
 def _show_all(result: Plans, as_csv: bool) -> None:
@@ -233,10 +242,14 @@ def _show_all(result: Plans, as_csv: bool) -> None:
         writer.writerow(_CSV)
         for each in result.plans:
             cache = (each.cache.decode_bound, each.cache.prefill_cold) if each.cache else ("", "")
-            figures = (each.file_bytes, each.decode_bound, each.prefill_bound, each.file_change)
-            writer.writerow([printable(each.name), printable(each.architecture), *figures, *cache, printable(each.blocker)])
+            demand = (each.demand.prompt, each.demand.embedding) if each.demand else ("", "")
+            device = (each.device.decode, each.device.prefill) if each.device else ("", "")
+            figures = (each.file_bytes, each.decode_bound, each.prefill_bound, each.file_change, *cache)
+            names = [printable(text) for text in (each.name, each.architecture, each.blocker)]
+            writer.writerow([*names[:2], *figures, names[2], *demand, *device])
     else:
-        show_table(_COLUMNS, [_row(each) for each in result.plans])
+        columns = _COLUMNS + (_DEVICE_COLUMNS if any(each.device for each in result.plans) else ())
+        show_table(columns, [_row(each) for each in result.plans])
     for reason in result.refused.values():
         log.info(reason)
 

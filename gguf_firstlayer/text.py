@@ -105,7 +105,8 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console(highlight=False)
-    if not is_terminal or console.measure(table).maximum > console.width:
+    wide = console.options.update_width(10_000)
+    if not is_terminal or console.measure(table, options=wide).maximum > console.width:
         console.width = 10_000  # the terminal wraps long lines, and keeps all of their figures
     console.print(table)
 

@@ -289,19 +289,34 @@ def test_output_is_a_link_that_leads_nowhere(llama, tmp_path):
     assert not path.is_symlink()
 
 
-def test_bars_at_a_terminal(llama, tmp_path):
+def at_a_terminal(*words: object, columns: int) -> str:
+    """What a verb writes to a terminal of this width."""
     primary, secondary = pty.openpty()
-    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "gguf_firstlayer", "convert", str(llama), "-o", str(tmp_path / "y.gguf")]
-    subprocess.run(command, cwd=ROOT, stderr=secondary, stdout=subprocess.DEVNULL, check=True)
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, "-m", "gguf_firstlayer", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, stderr=secondary, stdout=secondary, check=True)
     os.close(secondary)
     seen = b""
     with contextlib.suppress(OSError):  # at the end
         while chunk := os.read(primary, 10000):
             seen += chunk
     os.close(primary)
+    return seen.decode()
+
+
+def test_a_table_at_a_narrow_terminal(llama, smollm):
+    """Fails if names or figures are cut off."""
+    seen = at_a_terminal("plan", llama, smollm, "--device", "h100", columns=40)
+    for name in (llama, smollm):
+        (line,) = (line for line in seen.splitlines() if name.name in line)
+        assert len(re.findall(r"\d\.\d{4}x", line)) == 8
+    assert "…" not in seen
+
+
+def test_bars_at_a_terminal(llama, tmp_path):
+    seen = at_a_terminal("convert", llama, "-o", tmp_path / "y.gguf", columns=100)
     # as many runs as were announced, with a time left
-    bars = re.findall(r"measuring on \d+ tokens: +(\d+)%\|.*?\| (\d+)/(\d+) \[[\d:]+<([\d:?]+)", seen.decode())
+    bars = re.findall(r"measuring on \d+ tokens: +(\d+)%\|.*?\| (\d+)/(\d+) \[[\d:]+<([\d:?]+)", seen)
     assert bars[0][1] == "0"
     assert bars[-1][:2] == ("100", bars[-1][2])
-    assert b"tables: 100%" in seen
+    assert "tables: 100%" in seen
