@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,11 @@ from gguf import GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
 from gguf_firstlayer.c_api import Extent, library
 from gguf_firstlayer.errors import FirstLayerError
+
+if sys.platform == "win32":
+    import msvcrt
+
+    FSCTL_SET_SPARSE = 0x900C4
 
 # bytes of a file that are hashed at once: Ctrl-C takes effect only in between
 _HASHED = 64 << 20
@@ -122,10 +129,19 @@ def without_data(path: Path) -> Iterator[Path]:
             try:
                 with part.open("rb") as source, (Path(folder) / part.name).open("wb") as copy:
                     copy.write(source.read(extent.header))
+                    _make_sparse(copy)
                     copy.truncate(extent.file)
             except (OSError, OverflowError) as err:
                 raise FirstLayerError(f"{part} claims {extent.file} bytes, but no such file can be made: {err}") from err
         yield Path(folder) / path.name
+
+
+def _make_sparse(file: BinaryIO) -> None:
+    """On Windows, which otherwise gives a file its space when it grows; in vain on file systems without sparse files."""
+    if sys.platform == "win32":
+        size = ctypes.c_ulong()
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(file.fileno()))
+        ctypes.windll.kernel32.DeviceIoControl(handle, FSCTL_SET_SPARSE, None, 0, None, 0, ctypes.byref(size), None)
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
