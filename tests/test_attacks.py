@@ -1,4 +1,4 @@
-"""Hostile files, with the library and with every verb: a sentence, no crash, no more memory than an honest file takes."""
+"""Hostile files, with the library and with the verbs that read one: a sentence, no crash, no more memory than an honest file takes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from gguf_firstlayer.__main__ import main
 results = {}
 for verb, arguments in json.load(sys.stdin).items():
     logging.getLogger("gguf_firstlayer").handlers.clear()
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             code = main([verb, *arguments])
         except SystemExit as exit:
             code = exit.code
-    results[verb] = code or 0, out.getvalue(), err.getvalue()
+    out.flush()
+    results[verb] = code or 0, out.buffer.getvalue().decode(errors="replace"), err.getvalue()
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 peak = max(int(status["VmHWM"].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 json.dump([results, peak * 1024], sys.stdout)
@@ -92,6 +94,7 @@ def test_attack(name, honest, memory, tmp_path):
         "inspect": [path],
         "revert": [path, "--source", source, "-o", tmp_path / "source.gguf"],
         "verify": [source, path, "--tokens", "256"],
+        "card": [path, "--base-model", "user/repo"],
     }
     results, python = verbs(tmp_path, **arguments)
     printed = {verb: out + err for verb, (_, out, err) in results.items()}

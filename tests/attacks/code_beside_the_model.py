@@ -1,4 +1,4 @@
-"""A folder with a model and with modules, libraries and programs that must not run."""
+"""A folder with a model and with modules and programs that must not run; tests/test_cli.py has libraries."""
 
 from pathlib import Path
 
