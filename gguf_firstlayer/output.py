@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -139,15 +140,37 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[P
         os.link(part, target)  # unlike a rename, never replaces anything
     except FileExistsError:
         raise _exists(target) from None
-    except OSError:  # a file system without links: an empty file takes the name first
+    except OSError:  # a file system without links
         try:
-            target.touch(exist_ok=False)
+            _rename_to_new(part, target)
         except FileExistsError:
             raise _exists(target) from None
-        undo.callback(target.unlink)
+    undo.callback(target.unlink)
+
+
+def _rename_to_new(part: Path, target: Path) -> None:
+    """Rename a file, but never replace one; where the system cannot, an empty file takes the name first.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+        OSError: the system refuses.
+    """
+    if sys.platform == "win32":
+        part.rename(target)
+        return
+    # glibc's and macOS's, with the place that stands for the working directory, and the flag that refuses to replace
+    name, here, flag = ("renameatx_np", -2, 4) if sys.platform == "darwin" else ("renameat2", -100, 1)
+    if (rename := getattr(ctypes.CDLL(None, use_errno=True), name, None)) is not None:
+        if rename(here, os.fsencode(part), here, os.fsencode(target), flag) == 0:
+            return
+        if ctypes.get_errno() == errno.EEXIST:
+            raise FileExistsError
+    target.touch(exist_ok=False)
+    try:
         part.replace(target)
-    else:
-        undo.callback(target.unlink)
+    except BaseException:
+        target.unlink()
+        raise
 
 
 def _put_back(old: Path, target: Path, kept: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Hostile files, with the library and with the verbs that read one: a sentence, no crash, no more memory than an honest file takes."""
+"""Hostile files, with the library and with verbs: a sentence, no crash, no more memory than an honest file takes."""
 
 from __future__ import annotations
 

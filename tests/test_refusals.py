@@ -111,25 +111,32 @@ def test_output_exists(llama, tmp_path):
     assert output.stat().st_size > 1000
 
 
-def test_output_appears_meanwhile(tmp_path, monkeypatch):
-    """Of two conversions to one name, one succeeds, also without links, as on FAT."""
+@pytest.mark.parametrize("lacks", ["nothing", "links", "links and renaming without replacement"])
+def test_output_appears_meanwhile(lacks, tmp_path, monkeypatch):
+    """Of two conversions to one name, one succeeds, also on file systems like FAT, or over a network."""
 
-    def write(output: Path, *parts: str) -> None:
+    def write(output: Path, *parts: str, appears: bool) -> None:
         with replacing(output, force=False) as temporary:
             for name in parts:
                 temporary.with_name(name).write_text("ours")
-            (tmp_path / parts[0]).write_text("of another conversion")
+            if appears:
+                (tmp_path / parts[0]).write_text("of another conversion")
 
     def refuse(*_):
         raise PermissionError
 
+    if "links" in lacks:
+        monkeypatch.setattr(os, "link", refuse)
+    if "renaming" in lacks:
+        monkeypatch.setattr("gguf_firstlayer.output.ctypes.CDLL", lambda *_, **__: object())
     parts = "y-00001-of-00002.gguf", "y-00002-of-00002.gguf"
-    for output, names in ((tmp_path / "x.gguf", ["x.gguf"]), (tmp_path / "y.gguf", parts), (tmp_path / "z.gguf", ["z.gguf"])):
-        if output.name == "z.gguf":
-            monkeypatch.setattr(os, "link", refuse)
+    for output, names in ((tmp_path / "x.gguf", ["x.gguf"]), (tmp_path / "y.gguf", parts)):
         with pytest.raises(FirstLayerError, match="exists; replace it with force=True"):
-            write(output, *names)
+            write(output, *names, appears=True)
         assert (tmp_path / names[0]).read_text() == "of another conversion"
+    assert sorted(os.listdir(tmp_path)) == ["x.gguf", parts[0]]
+    write(tmp_path / "z.gguf", "z.gguf", appears=False)
+    assert (tmp_path / "z.gguf").read_text() == "ours"
     assert sorted(os.listdir(tmp_path)) == ["x.gguf", parts[0], "z.gguf"]
 
 
