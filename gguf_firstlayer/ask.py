@@ -95,6 +95,8 @@ def _refuse(name: str, reason: BaseException, status: int | None) -> NoReturn:
         told = "does not exist, or is private; check its name, or set HF_TOKEN to a token that may read it"
     elif status == 404:
         told = "does not exist; check its name"
+    elif status is not None and 400 <= status < 500 and status != 429:
+        told = f"cannot be read: {_status(status)}; check its name, and HF_TOKEN"
     elif status is None:
         raise NoAnswerError(f"{name} cannot be reached; check the connection, and run this again to go on") from reason
     else:

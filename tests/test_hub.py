@@ -338,6 +338,9 @@ def test_refusals(files, tmp_path):
         assert "does not exist" in refusal(asked(server, tmp_path, "inspect", f"{server.elsewhere}none.gguf"))
         assert "is no model on the Hub" in refusal(asked(server, tmp_path, "plan", "hf:x", **known))
         assert "is not a GGUF file" in refusal(asked(server, tmp_path, "plan", f"{server.elsewhere}README.md"))
+        server.refusals = [(403, {})] * 9
+        forbidden = refusal(asked(server, tmp_path, "plan", "hf:user/x", **known))
+        assert "cannot be read: the server answers 403; check its name, and HF_TOKEN" in forbidden
     # nothing listens any more
     gone = asked(server, tmp_path, "inspect", "hf:user/x/llama-Q4_K_M.gguf")
     assert "the server does not answer; trying again" in gone.stderr
