@@ -203,7 +203,7 @@ def text(result: Plan) -> list[str]:
 
 # of a table of plans, and if a device is given
 _COLUMNS = ("model", "size", "decoding", "prefill", "file", "cached", "new prompt", "demand", "embedding")
-_DEVICE_COLUMNS = ("decoding there", "prefill there")
+_DEVICE_COLUMNS = ("device decoding", "device prefill")
 _CSV = (
     "name",
     "architecture",
