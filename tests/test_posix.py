@@ -38,8 +38,9 @@ def test_what_cannot_be_mapped(llama, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for verb in ("plan", "convert", "inspect"):
         assert "fifo is not a regular file; save it to one first" in refusal(cli(verb, tmp_path / "fifo", timeout=60))
-    with llama.open("rb") as file:
-        assert cli("plan", "/dev/stdin", stdin=file).stdout == cli("plan", llama).stdout
+    if sys.platform == "linux":  # elsewhere, a stream does not tell its file
+        with llama.open("rb") as file:
+            assert cli("plan", "/dev/stdin", stdin=file).stdout == cli("plan", llama).stdout
     with (tmp_path / "x.gguf").open("wb") as file:  # as root, --force would replace the system's link
         done = cli("convert", llama, "-o", "/dev/stdout", "--force", stdout=file, stderr=subprocess.PIPE, capture_output=False)
     assert "/dev/stdout is not a regular file" in done.stderr
