@@ -2,7 +2,7 @@
 //
 // An input is the number of keys (u16), the number of tables (u16), the keys and the infos of the tables as they are in a file.
 // What is around them comes from the model in FIRSTLAYER_FUZZ_MODEL. Without such keys, it runs with a row cache; always with demand.
-// With FIRSTLAYER_FUZZ_LOADS, a file that does not load is a finding.
+// With FIRSTLAYER_FUZZ_LOADS, a file that does not load is a finding. With FIRSTLAYER_FUZZ_SOURCE, the file is this model's sidecar.
 
 #include "gguf.h"
 #include "llama-firstlayer.h"
@@ -201,7 +201,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
 
     llama_model_params params = llama_model_default_params();
-    llama_model *      model  = llama_model_load_from_file(path.c_str(), params);
+    const char *       source = getenv("FIRSTLAYER_FUZZ_SOURCE");
+    llama_firstlayer_set_tables(source ? path.c_str() : nullptr);
+    llama_model * model = llama_model_load_from_file(source ? source : path.c_str(), params);
     if (!model) {
         if (getenv("FIRSTLAYER_FUZZ_LOADS")) {
             fprintf(stderr, "ERROR: the model does not load\n");
