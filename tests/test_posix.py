@@ -159,7 +159,7 @@ def test_interrupted_when_all_is_written(llama, tmp_path):
 import os, signal, sys
 from gguf_firstlayer import __main__, output
 sync = output._sync
-output._sync = lambda path: os.kill(os.getpid(), signal.SIGINT) if path.is_dir() else sync(path)
+output._sync = lambda path: os.kill(os.getpid(), signal.SIGTERM) if path.is_dir() else sync(path)
 sys.exit(__main__.main(["convert", *sys.argv[1:]]))
 """
     command = [sys.executable, "-c", code, llama, "-o", tmp_path / "x.gguf", "--type", "q8_0"]
@@ -178,7 +178,7 @@ make = tempfile.mkdtemp
 def interrupted(dir=None, **options):
     made = make(dir=dir, **options)
     if str(dir) == sys.argv[-1]:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
     return made
 tempfile.mkdtemp = interrupted
 sys.exit(__main__.main(["convert", sys.argv[1], "-o", f"{sys.argv[-1]}/x.gguf"]))
