@@ -87,12 +87,13 @@ def download_with_sidecar(name: str) -> None:
     Raises:
         FirstLayerError: as `local`.
     """
-    local(name)
     with _keeping(name):
-        first = _find(name)
-        sidecar = first._replace(file=re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "_firstlayer.gguf", first.file))
-        if sidecar.file in _list(name, first.repository).files:
-            download_from_hub(sidecar)
+        files = _parts(name)
+        sidecar = files[0]._replace(file=re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "_firstlayer.gguf", files[0].file))
+        if sidecar.file in _list(name, sidecar.repository).files:
+            files.append(sidecar)
+        for file in files:
+            download_from_hub(file)
 
 
 def header(name: ModelName) -> Path:
