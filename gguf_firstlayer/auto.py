@@ -13,12 +13,12 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.c_api import library
 from gguf_firstlayer.decoder import TEXT_BYTES, InMemoryDecoder, held
 from gguf_firstlayer.divergence import Rows, kl_divergence, log_softmax
 from gguf_firstlayer.errors import FirstLayerError, option
+from gguf_firstlayer.isolation import EndedError
 from gguf_firstlayer.memory import memory_limit
-from gguf_firstlayer.runtime import Analysis, Site
+from gguf_firstlayer.runtime import Analysis, IsolatedAnalysis, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, progress
 
@@ -60,15 +60,60 @@ class _Outcome:
         return max(float(self.klds.mean()), 0.0)  # rounding may make it negative
 
 
-def round_trip(rows: Rows, kind: GGMLQuantizationType) -> Rows:
-    """Rows F32 [n, width] as a table of some type would return them.
+class _Trial:
+    """Runs a text with rows in memory, and compares the output with that of the first run. In the analysis's child process.
+
+    Args:
+        analysis, path: of the model
+        tokens: ids of the text, i32 [n]
+        ids: the distinct ones among them
 
     Raises:
-        NotImplementedError: gguf-py cannot read the type.
-        FirstLayerError: the type cannot hold the values.
+        FirstLayerError: the model has no next-token distribution.
     """
-    back: Rows = gguf.quants.dequantize(library().quantize(rows, kind), kind).reshape(rows.shape).astype(np.float32)
-    return back
+
+    def __init__(self, analysis: Analysis, path: Path, tokens: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) -> None:
+        self._tokens, self._ids = tokens, ids
+        self._reference: list[Rows] = []
+        self._decoder = InMemoryDecoder(path, analysis, len(tokens))
+
+    def run(self, rows: Mapping[int, Rows]) -> _Outcome:
+        """The outcome with some rows, F32 [distinct tokens of the text, width] by their first column in the decoder's.
+
+        Raises:
+            FirstLayerError: the output of the first run is not finite.
+        """
+        for first, values in rows.items():
+            self._decoder.rows[self._ids, first : first + values.shape[1]] = values
+
+        is_first = not self._reference
+        klds: list[npt.NDArray[np.float64]] = []
+        same, losses = [], []
+        next_tokens = np.append(self._tokens[1:], -1)
+        done = 0
+        self._decoder.keep(0)
+        for logits in self._decoder.decode(self._tokens):
+            p = log_softmax(logits)
+            if is_first:
+                if not np.isfinite(p).all():
+                    raise FirstLayerError("the model cannot be measured: its output is not finite")
+                self._reference.append(p)
+            reference = self._reference[len(klds)]
+            klds.append(kl_divergence(reference, p))
+            same.append(p.argmax(axis=1) == reference.argmax(axis=1))
+            following = next_tokens[done : done + len(p)]
+            done += len(p)
+            losses.append(-p[np.arange(len(p)), following][following >= 0])
+        return _Outcome(
+            np.concatenate(klds),
+            float(np.concatenate(same).mean()),
+            float(np.exp(np.concatenate(losses).mean(dtype=np.float64))),
+        )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._reference.clear()
+        self._decoder.close()
 
 
 class Effects:
@@ -91,18 +136,18 @@ class Effects:
     """
 
     def __init__(
-        self, path: Path, analysis: Analysis, tokens: npt.NDArray[np.int32] | None = None, n_measured: int = 2
+        self, path: Path, analysis: IsolatedAnalysis, tokens: npt.NDArray[np.int32] | None = None, n_measured: int = 2
     ) -> None:
         self.tokens = (sample_tokens(analysis) if tokens is None else tokens)[: held(TEXT_BYTES, analysis.n_vocab)]
         self.ids, self._counts = np.unique(self.tokens, return_counts=True)
         widths = [site.width for site in analysis.sites]
         rows = analysis.rows(self.ids)
+        self._quantize = analysis.quantize
         self.exact: dict[Site, Rows] = dict(zip(analysis.sites, np.split(rows, np.cumsum(widths)[:-1], axis=1), strict=True))
         columns = np.cumsum([0] + [file_format.padded(width) for width in widths])
         self._columns = dict(zip(analysis.sites, columns.tolist(), strict=False))
 
-        self._reference: list[Rows] = []
-        self._trial = InMemoryDecoder(path, analysis, len(self.tokens))
+        self._trial = analysis.make(_Trial, path, self.tokens, self.ids)
         self._progress = progress(f"measuring on {count(len(self.tokens), 'token')}", 1 + N_JITTER + n_measured, "run")
         try:
             self.perplexity = self.measure({}).perplexity
@@ -137,40 +182,27 @@ class Effects:
 
         The first outcome is the reference for the others.
         """
-        for site, exact in self.exact.items():
-            first = self._columns[site]
-            self._trial.rows[self.ids, first : first + site.width] = exact + errors.get(site, 0)
-
-        is_first = not self._reference
-        klds: list[npt.NDArray[np.float64]] = []
-        same, losses = [], []
-        next_tokens = np.append(self.tokens[1:], -1)
-        done = 0
-        self._trial.keep(0)
-        for logits in self._trial.decode(self.tokens):
-            p = log_softmax(logits)
-            if is_first:
-                if not np.isfinite(p).all():
-                    raise FirstLayerError("the model cannot be measured: its output is not finite")
-                self._reference.append(p)
-            reference = self._reference[len(klds)]
-            klds.append(kl_divergence(reference, p))
-            same.append(p.argmax(axis=1) == reference.argmax(axis=1))
-            following = next_tokens[done : done + len(p)]
-            done += len(p)
-            losses.append(-p[np.arange(len(p)), following][following >= 0])
+        rows = {self._columns[site]: exact + errors.get(site, np.float32(0)) for site, exact in self.exact.items()}
+        outcome = self._trial.call(_Trial.run, rows)
         self._progress.update()
-        return _Outcome(
-            np.concatenate(klds),
-            float(np.concatenate(same).mean()),
-            float(np.exp(np.concatenate(losses).mean(dtype=np.float64))),
-        )
+        return outcome
+
+    def rounding(self, site: Site, kind: GGMLQuantizationType) -> Rows:
+        """Errors of the rows of a site in a table of some type, F32 [distinct tokens of the text, width].
+
+        Raises:
+            NotImplementedError: gguf-py cannot read the type.
+            FirstLayerError: the type cannot hold the values.
+        """
+        exact = self.exact[site]
+        back: Rows = gguf.quants.dequantize(self._quantize(exact, kind), kind).reshape(exact.shape).astype(np.float32)
+        return back - exact
 
     def close(self) -> None:
         """Free the model."""
         self._progress.total = self._progress.n  # fewer may have been enough
         self._progress.close()
-        self._trial.close()
+        self._trial.call(_Trial.close)
 
     def __enter__(self) -> Effects:
         return self
@@ -179,7 +211,7 @@ class Effects:
         self.close()
 
 
-def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
+def sample_tokens(analysis: IsolatedAnalysis) -> npt.NDArray[np.int32]:
     """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the tokenizer finds too few distinct tokens in it."""
     tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
     if len(np.unique(tokens)) < N_TOKENS / 8:
@@ -189,7 +221,7 @@ def sample_tokens(analysis: Analysis) -> npt.NDArray[np.int32]:
 
 def table_errors(effects: Effects, site_types: Mapping[Site, GGMLQuantizationType]) -> dict[Site, Rows]:
     """Errors of the rows in tables of given types."""
-    return {site: round_trip(effects.exact[site], kind) - effects.exact[site] for site, kind in site_types.items()}
+    return {site: effects.rounding(site, kind) for site, kind in site_types.items()}
 
 
 def measure(effects: Effects, site_types: Mapping[Site, GGMLQuantizationType], max_kld: float) -> file_format.Measurement:
@@ -219,13 +251,14 @@ class _Step:
 
 def _ladder(effects: Effects, site: Site) -> list[_Step]:
     """The types that no other beats in both size and error, the smallest first, F32 last."""
-    exact = effects.exact[site]
     errors: dict[GGMLQuantizationType, tuple[int, float, Rows]] = {}
     for kind in CANDIDATES:
         if file_format.fitting(kind, site.width) != kind:
             continue
         try:
-            error = round_trip(exact, kind) - exact
+            error = effects.rounding(site, kind)
+        except EndedError:
+            raise
         except (NotImplementedError, FirstLayerError):
             continue
         errors[kind] = (
@@ -266,7 +299,7 @@ def types(sites: Sequence[Site]) -> tuple[SiteTypes, SiteTypes, SiteTypes]:
     )
 
 
-def choose(model: Source, analysis: Analysis, max_kld: float) -> tuple[SiteTypes, file_format.Measurement | None, str]:
+def choose(model: Source, analysis: IsolatedAnalysis, max_kld: float) -> tuple[SiteTypes, file_format.Measurement | None, str]:
     """The types of the smallest tables whose contribution to the KL divergence is within a bound.
 
     Returns:
@@ -314,7 +347,7 @@ def search(effects: Effects, max_kld: float) -> tuple[SiteTypes, file_format.Mea
     return site_types, measure(effects, site_types, max_kld)
 
 
-def measure_again(model: Source, analysis: Analysis, site_types: SiteTypes, max_kld: float) -> file_format.Measurement:
+def measure_again(model: Source, analysis: IsolatedAnalysis, site_types: SiteTypes, max_kld: float) -> file_format.Measurement:
     """The measurement of some of the sites' tables."""
     with Effects(model.path, analysis) as effects:
         return measure(effects, site_types, max_kld)

@@ -25,10 +25,20 @@ from gguf_firstlayer.estimate import bound
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import check
-from gguf_firstlayer.pair import NO_CACHE, Files, cache_size, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import (
+    NO_CACHE,
+    Files,
+    cache_size,
+    context_length,
+    open_cached,
+    open_pair,
+    open_source,
+    parse_cache,
+    try_out,
+)
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
-from gguf_firstlayer.runtime import Analysis, Site
+from gguf_firstlayer.runtime import Site, analyse
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, numbers, progress, show, size_text
 from gguf_firstlayer.timing import (
@@ -199,16 +209,18 @@ def bench(
         raise UsageError("the ceiling needs a converted file, whose tables constants replace")
     if loads < 2:
         raise UsageError("speed depends on where in memory a model is loaded; give at least two loads")
+    path = local(source)
+    if embeds:
+        pooling = pooling or own_pooling(Source(path))
     if converted is not None:
-        model, tables, files = open_pair(local(source), local(converted))
+        model, tables, files = open_pair(path, local(converted), pooling)
     elif cache is not None:
-        model, files = open_cached(local(source), parse_cache(str(cache)))
+        model, files = open_cached(path, parse_cache(str(cache)))
         tables = model
     else:
-        model = tables = open_source(local(source))
-        files = Files((model,))
-    if embeds:
-        pooling = pooling or own_pooling(model)
+        model = tables = open_source(path)
+        files = Files((model,), pooling=pooling)
+        try_out(files)
     files = files._replace(demand=demand, pooling=pooling)
     plain = Files((model,), pooling=pooling)
     longest = max(contexts) + max(BLOCK_TOKENS, *batches) + (0 if embeds else 1)
@@ -216,7 +228,7 @@ def bench(
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
     expected = _bounds(model, tables, cache is not None, batches, contexts, demand, pooling)
-    tokens = isolated(partial(_tokens, random_tokens), model.path)
+    tokens = _tokens(random_tokens, model.path)
     if cache is not None:
         with files.open(BLOCK_TOKENS, BLOCK_TOKENS) as run:
             if run.row_cache() is None:
@@ -284,8 +296,8 @@ def _bounds(
 
 
 def _tokens(random_tokens: bool, path: Path) -> Tokens:
-    """Token ids to decode; called through `isolated`."""
-    with Analysis(path) as analysis:
+    """Token ids to decode."""
+    with analyse(path) as analysis:
         if random_tokens:
             return np.random.default_rng(0).integers(0, analysis.n_vocab, 1 << 16, np.int32)
         return sample_tokens(analysis)

@@ -17,14 +17,13 @@ from typing import NamedTuple
 from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import auto, file_format
-from gguf_firstlayer.c_api import library
 from gguf_firstlayer.cost import CostModel, of_model
 from gguf_firstlayer.device import PROFILES, DevicePlan, device_plan
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option, program
 from gguf_firstlayer.estimate import SitePlan, estimate
 from gguf_firstlayer.hub import ModelName, is_remote, local, model_name
 from gguf_firstlayer.output import check, replacing
-from gguf_firstlayer.runtime import Analysis, analyse
+from gguf_firstlayer.runtime import IsolatedAnalysis, analyse
 from gguf_firstlayer.selection import Growth, describe_price, read_growth, within
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import change_text, count, log, show, size_text
@@ -126,7 +125,7 @@ def convert(
             if split_max_size:
                 split(temporary, split_max_size)
             first = min(temporary.parent.iterdir())
-            library().check(*((model.path, first) if sidecar else (first,)))
+            analysis.check(*((model.path, first) if sidecar else (first,)))
             output_bytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
             model.check_unchanged()
 
@@ -204,7 +203,7 @@ class _Selection(NamedTuple):
     unmeasured: str
 
 
-def _select(job: _Job, analysis: Analysis, costs: CostModel) -> _Selection:
+def _select(job: _Job, analysis: IsolatedAnalysis, costs: CostModel) -> _Selection:
     """Choose sites and types, after announcing the cost."""
     if job.type is None:
         types, least, most = auto.types(costs.sites)

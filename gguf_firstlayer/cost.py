@@ -15,7 +15,7 @@ from gguf_firstlayer import file_format
 from gguf_firstlayer.demand import DemandPlan, demand_plan
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.runtime import Analysis, Site, Use, find_spares
+from gguf_firstlayer.runtime import Analysis, IsolatedAnalysis, Site, Use, find_spares
 from gguf_firstlayer.source import Source, without_data
 
 SiteTypes = Mapping[Site, GGMLQuantizationType]
@@ -108,7 +108,7 @@ class CostModel:
         return use.multiply_adds * n_tokens / self.n_batch if of_all else use.multiply_adds
 
 
-def of_model(source: Source, analysis: Analysis) -> CostModel:
+def of_model(source: Source, analysis: Analysis | IsolatedAnalysis) -> CostModel:
     """The cost model of an open model."""
     weights = {
         tensor.name: Weight(tensor.tensor_type, tuple(int(size) for size in tensor.shape)) for tensor in source.tensors.values()

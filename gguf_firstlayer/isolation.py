@@ -1,4 +1,4 @@
-"""Runs functions of this package in a child process: on hostile metadata, llama.cpp's loader aborts its process."""
+"""Runs functions of this package in a child process: on hostile files, llama.cpp aborts its process."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar, cast
+from types import TracebackType
+from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from gguf_firstlayer.errors import UNREADABLE, Caller, FirstLayerError
 from gguf_firstlayer.start import STOPPING, imported_from, interrupt
 
 T = TypeVar("T")
+U = TypeVar("U")
+P = ParamSpec("P")
 
 # seconds that a child has to remove what it has written, when it is interrupted
 CLEAN_UP = 5.0
@@ -33,64 +37,160 @@ serve()
 """
 
 
+class EndedError(FirstLayerError):
+    """A child process has ended, so nothing more can be asked of it."""
+
+
 def isolated(function: Callable[[Path], T], path: Path) -> T:
-    """Call a function of this package for a model in a child process, which may abort. Returns the function's result.
+    """Call a function of this package for a model in a child process. Returns the function's result.
 
     Raises:
-        FirstLayerError: the function raises it, an OSError or a MemoryError, or llama.cpp aborts.
+        FirstLayerError: as of `Isolated.call`.
     """
-    code = _CHILD.format(path=imported_from(), folder=str(Path(__file__).resolve().parent))
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # on an abort, ggml would start a debugger, which would hold up the child
-    )
-    try:
-        answer, told = child.communicate(pickle.dumps((Caller.is_command_line, function, path)))
-    except BaseException:
-        _end(child)
-        raise
-    if child.returncode != 0:
-        lines = told.decode(errors="replace").splitlines()
-        if child.returncode == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
-            raise FirstLayerError(f"{path}: {UNREADABLE}")
-        if child.returncode == -getattr(signal, "SIGKILL", 0):
-            raise FirstLayerError(f"{path}: the system killed llama.cpp, perhaps for lack of memory; close other programs")
+    with Process(path) as process:
+        return process.model.call(function)
+
+
+class Process:
+    """A child process that holds objects, which functions of this package make and use there. A context manager.
+
+    Args:
+        path: of a model
+
+    Attributes:
+        model: the first of the objects, this path
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        code = _CHILD.format(path=imported_from(), folder=str(Path(__file__).resolve().parent))
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # on an abort, ggml would start a debugger, which would hold up the child
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+        )
+        self._requests, self._answers = cast(IO[bytes], self._child.stdin), cast(IO[bytes], self._child.stdout)
+        self._told = b""
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        with suppress(OSError):  # it has ended: the first call tells why
+            self._send((Caller.is_command_line, path))
+        self.model: Isolated[Path] = Isolated(self, 0)
+
+    def _listen(self) -> None:
+        """Keep what the child prints, which would wait if nobody read it."""
+        with cast(IO[bytes], self._child.stderr) as stream:
+            self._told = stream.read()
+
+    def _send(self, message: object) -> None:
+        pickle.dump(message, self._requests)
+        self._requests.flush()
+
+    def ask(self, index: int, function: Callable[..., object], arguments: tuple[Any, ...], keep: bool) -> object:
+        """Call a function with one of the objects. Returns its result, or the number of the object that it is from then on.
+
+        Raises:
+            FirstLayerError: as of `Isolated.call`.
+        """
+        try:
+            self._send((index, function, arguments, keep))
+            result = pickle.load(self._answers)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise self._reason() from None
+        except BaseException:
+            self._end()
+            raise
+        if isinstance(result, MemoryError):
+            raise FirstLayerError(f"{self._path}: out of memory; close other programs, or use a smaller model") from result
+        if isinstance(result, OSError):
+            raise FirstLayerError(f"{result.filename or self._path}: {result.strerror or result}") from result
+        if isinstance(result, FirstLayerError):
+            raise result
+        return result
+
+    def _reason(self) -> EndedError:
+        """Why the child has ended."""
+        code = self._child.wait()
+        self._listener.join()
+        lines = self._told.decode(errors="replace").splitlines()
+        if code == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
+            return EndedError(f"{self._path}: {UNREADABLE}")
+        if code == -getattr(signal, "SIGKILL", 0):
+            return EndedError(f"{self._path}: the system killed llama.cpp, perhaps for lack of memory; close other programs")
         if any(line.startswith("Traceback") for line in lines):
-            raise FirstLayerError(f"{path} cannot be analysed ({lines[-1]}); please report this")
+            return EndedError(f"{self._path} cannot be analysed ({lines[-1]}); please report this")
         asserted = [line for line in lines if "ASSERT" in line or "error" in line.lower()]
-        raise FirstLayerError(f"{path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
-    result = pickle.loads(answer)
-    if isinstance(result, MemoryError):
-        raise FirstLayerError(f"{path}: out of memory; close other programs, or use a smaller model") from result
-    if isinstance(result, OSError):
-        raise FirstLayerError(f"{result.filename or path}: {result.strerror or result}") from result
-    if isinstance(result, FirstLayerError):
-        raise result
-    return cast(T, result)
+        return EndedError(f"{self._path}: llama.cpp cannot run this model ({asserted[0] if asserted else 'it crashed'})")
+
+    def _end(self) -> None:
+        """End the child, which first removes what it has written."""
+        self._child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(CLEAN_UP)
+        self._child.kill()
+        self._child.wait()
+
+    def close(self) -> None:
+        """End the child, once it has nothing to do."""
+        with suppress(OSError):
+            self._requests.close()
+        self._answers.close()
+        self._child.wait()
+        self._listener.join()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a child, which first removes what it has written."""
-    child.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(CLEAN_UP)
-    child.kill()
-    child.wait()
+class Isolated(Generic[T]):
+    """An object in a child process."""
+
+    def __init__(self, process: Process, index: int) -> None:
+        self.process, self.index = process, index
+
+    def call(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **_: P.kwargs) -> U:
+        """Call a function of this package with the object, and others that can be pickled. Returns its result, likewise.
+
+        Raises:
+            FirstLayerError: the function raises it, an OSError or a MemoryError, or llama.cpp aborts: then it is `EndedError`.
+        """
+        return cast(U, self.process.ask(self.index, function, arguments, False))
+
+    def make(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **_: P.kwargs) -> Isolated[U]:
+        """The same, but its result stays in the child process."""
+        return Isolated(self.process, cast(int, self.process.ask(self.index, function, arguments, True)))
 
 
 def serve() -> None:
-    """The child's side of `isolated`."""
+    """The child's side of `Process`."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, interrupt)
-    Caller.is_command_line, function, path = pickle.load(sys.stdin.buffer)
-    with os.fdopen(os.dup(1), "wb") as answer:
-        os.dup2(2, 1)  # whatever libraries print is no part of the answer
-        try:
-            result = function(path)
-        except (FirstLayerError, OSError, MemoryError) as err:
-            result = err
-        pickle.dump(result, answer)
+    Caller.is_command_line, path = pickle.load(sys.stdin.buffer)
+    objects = [path]
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # whatever libraries print is no part of the answers
+        for index, function, arguments, keep in _requests():
+            try:
+                result = function(objects[index], *arguments)
+            except (FirstLayerError, OSError, MemoryError) as err:
+                result = err
+            else:
+                if keep:
+                    objects.append(result)
+                    result = len(objects) - 1
+            pickle.dump(result, answers)
+            answers.flush()
+
+
+def _requests() -> Iterator[tuple[int, Callable[..., object], tuple[Any, ...], bool]]:
+    """What the parent asks for, until it has ended or needs nothing more."""
+    with suppress(EOFError):
+        while True:
+            yield pickle.load(sys.stdin.buffer)

@@ -58,6 +58,15 @@ class Files(NamedTuple):
         return sum(source.bytes for source in self.sources)
 
 
+def try_out(files: Files) -> None:
+    """Decode a token in a child process: with hostile metadata, llama.cpp aborts while it loads or computes.
+
+    Raises:
+        FirstLayerError: llama.cpp cannot load or run the files, or aborts.
+    """
+    isolated(partial(_decode, files.options), files.path)
+
+
 def open_source(path: Path, refusal: str = "is converted; give the original model first") -> Source:
     """A model that is not converted.
 
@@ -74,13 +83,14 @@ def open_pair(source: Path, converted: Path, pooling: str | None = None) -> tupl
     """A model, a file with tables for it, and the files to run with these tables; with a pooling, for embeddings.
 
     Raises:
-        FirstLayerError: one of them cannot be read, or is of the wrong kind.
+        FirstLayerError: one of them cannot be read or run, or is of the wrong kind.
     """
     model, tables = open_source(source, "is itself converted; give the original model first"), Source(converted)
     if tables.get_field(file_format.KEY_VERSION) is None:
         raise FirstLayerError(f"{converted} is not converted; give the file that convert wrote second")
     files = Files((model, tables) if file_format.is_sidecar(tables) else (tables,), pooling=pooling)
-    isolated(partial(_loads, files.options), files.path)  # llama.cpp checks it, so that columns and shapes can be relied on
+    try_out(Files((model,), pooling=pooling))
+    try_out(files)  # llama.cpp checks it, so that columns and shapes can be relied on
     return model, tables, files
 
 
@@ -88,10 +98,12 @@ def open_cached(source: Path, cache: float) -> tuple[Source, Files]:
     """A model, and the same with a row cache, see `Decoder`.
 
     Raises:
-        FirstLayerError: it cannot be read, or has tables instead.
+        FirstLayerError: it cannot be read or run, or has tables instead.
     """
     model = open_source(source, "has tables, so its rows are not cached; give the original model")
-    return model, Files((model,), cache)
+    files = Files((model,), cache)
+    try_out(files)
+    return model, files
 
 
 def parse_cache(text: str) -> float:
@@ -128,6 +140,6 @@ def context_length(model: Source) -> int:
     return length if isinstance(length, int) and length > 0 else 1 << 31
 
 
-def _loads(options: dict[str, Any], path: Path) -> None:
-    """Called through `isolated`, since llama.cpp may abort on a malformed file."""
-    Decoder(path, 16, 16, **options).close()
+def _decode(options: dict[str, Any], path: Path) -> None:
+    with Decoder(path, 16, 16, **options) as run:
+        run.time([0], 1)

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer import auto, file_format
-from gguf_firstlayer.auto import round_trip
-from gguf_firstlayer.c_api import library
-from gguf_firstlayer.runtime import Analysis, Site
+from gguf_firstlayer.runtime import IsolatedAnalysis, Site
 from gguf_firstlayer.source import Source
 
 N_ROWS = 64
@@ -58,7 +56,7 @@ def _same(model: Source, file: Source, name: str) -> bool:
     return all(np.array_equal(one[i : i + PIECE], other[i : i + PIECE]) for i in range(0, len(one), PIECE))
 
 
-def check_rows(analysis: Analysis, file: Source, every: bool) -> tuple[int, float, list[str]]:
+def check_rows(analysis: IsolatedAnalysis, file: Source, every: bool) -> tuple[int, float, list[str]]:
     """Recompute all rows, or some at random: which ones, nobody who made the file can know.
 
     Returns:
@@ -81,7 +79,7 @@ def check_rows(analysis: Analysis, file: Source, every: bool) -> tuple[int, floa
 
 
 def _check_rows(
-    analysis: Analysis,
+    analysis: IsolatedAnalysis,
     file: Source,
     placed: Sequence[file_format.StoredSite],
     tables: Sequence[file_format.Table],
@@ -100,24 +98,23 @@ def _check_rows(
                 continue
             block, size = gguf.GGML_QUANT_SIZES[table.type]
             stored = np.ascontiguousarray(data[:, site.column // block * size : (site.column + site.width) // block * size])
-            expected = library().quantize(exact[site.recipe], table.type)
+            expected = analysis.quantize(exact[site.recipe], table.type)
             identical = (stored == expected).all(axis=1)
             same &= identical
             try:
-                back = gguf.quants.dequantize(stored, table.type)
-                rounding = round_trip(exact[site.recipe], table.type) - exact[site.recipe]
+                back, rounded = (gguf.quants.dequantize(data, table.type) for data in (stored, expected))
             except NotImplementedError:  # gguf-py cannot read the type
                 bad = ~identical
             else:
                 norm = np.linalg.norm(exact[site.recipe], axis=1)
-                allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounding, axis=1)
+                allowed = ROW_ERROR * norm + ROW_ROUNDING * np.linalg.norm(rounded - exact[site.recipe], axis=1)
                 bad = ~(np.linalg.norm(back - exact[site.recipe], axis=1) <= allowed)
             if bad.any():
                 wrong[site.name] = tokens[bad]
     return int(same.sum()), wrong
 
 
-def added(path: Path, analysis: Analysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:
+def added(path: Path, analysis: IsolatedAnalysis, file: Source, ids: npt.NDArray[np.int32]) -> tuple[float, float] | None:
     """What tables add to the KL divergence over some tokens, and its standard error; None if gguf-py cannot read their type."""
     placed, tables, _ = file_format.read(file)
     sites = {site.recipe: site for site in analysis.sites}

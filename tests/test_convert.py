@@ -14,7 +14,7 @@ from support.builds import ROOT
 from support.command_line import cli
 from support.models import convert, rewrite
 
-from gguf_firstlayer import FirstLayerError, inspect, paths
+from gguf_firstlayer import FirstLayerError, file_format, inspect, paths
 from gguf_firstlayer.c_api import library
 from gguf_firstlayer.file_format import fitting, layout
 from gguf_firstlayer.runtime import Analysis
@@ -135,8 +135,12 @@ def test_small_products_make_no_large_tables(archs, tmp_path):
 
 def test_a_file_that_would_not_load_is_not_written(llama, tmp_path, monkeypatch):
     """If recipes ever differ between conversion and loading, the converter notices, not the user."""
-    recipe = Analysis._site
-    monkeypatch.setattr(Analysis, "_site", lambda self, i: replace(recipe(self, i), recipe=f"not {recipe(self, i).recipe}"))
+    metadata = file_format.metadata
+
+    def differing(sites, *others):
+        return metadata([replace(site, recipe=f"not {site.recipe}") for site in sites], *others)
+
+    monkeypatch.setattr(file_format, "metadata", differing)
     with pytest.raises(FirstLayerError, match=r"x\.gguf would not load, so it was not written.*no node of the graph matches"):
         convert(llama, tmp_path / "x.gguf")
     assert not list(tmp_path.iterdir())

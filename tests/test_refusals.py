@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attacks import negative_epsilon
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from support.builds import PATCHED, STOCK, compare, run
 from support.command_line import cli, refusal
@@ -25,7 +26,8 @@ from gguf_firstlayer import FirstLayerError
 from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import replacing
-from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.runtime import IsolatedAnalysis
+from gguf_firstlayer.writer import _table_rows
 
 #
 # converter
@@ -93,6 +95,27 @@ def test_hyperparameters_that_make_llama_cpp_abort(llama, tmp_path):
     reader = GGUFReader(path)
     assert reader.get_field("llama.expert_used_count") is not None, "the random model no longer has this key"
     assert "llama.cpp cannot run this model" in refusal(cli("convert", path))
+
+
+def test_a_model_that_aborts_while_it_computes(llama, llama_flp, tmp_path):
+    path = tmp_path / "x.gguf"
+    negative_epsilon.forge(llama, path)
+    for arguments in ((path, "--cache", "1"), (path, "--demand", "rows"), (path, "--demand", "embeddings"), (path, llama_flp)):
+        for verb in ("verify", "bench"):
+            assert "llama.cpp cannot run this model" in refusal(cli(verb, *arguments))
+
+
+@pytest.mark.parametrize("function", ["writer._table_rows", "runtime._quantize", "auto._Trial"])
+def test_llama_cpp_aborts_during_a_conversion(function, llama, tmp_path, monkeypatch):
+    """While it computes, quantizes or measures, after everything that is tried first: this process goes on."""
+    monkeypatch.setattr(f"gguf_firstlayer.{function}", abort)
+    with pytest.raises(FirstLayerError, match=r"llama\.cpp cannot run this model \(it crashed\)"):
+        convert(llama, tmp_path / "x.gguf", type="auto")
+    assert not list(tmp_path.iterdir())
+
+
+def abort(*_):
+    os.abort()
 
 
 def test_vocabulary_only(llama, tmp_path):
@@ -177,11 +200,13 @@ NOT_WHILE_OPEN = pytest.mark.skipif(os.name == "nt", reason="the system forbids 
 def test_source_changes(how, smollm, tmp_path, monkeypatch):
     """While it is read: the output would be of neither model."""
     source = Path(shutil.copy(smollm, tmp_path / "x.gguf"))
-    rows = Analysis.rows
+    call = IsolatedAnalysis.call
 
-    def change(*arguments):
-        monkeypatch.setattr(Analysis, "rows", rows)
-        result = rows(*arguments)
+    def change(analysis, function, *arguments):
+        result = call(analysis, function, *arguments)
+        if function is not _table_rows:
+            return result
+        monkeypatch.setattr(IsolatedAnalysis, "call", call)
         if how == "replaced":
             shutil.copy(source, tmp_path / "other")
             os.replace(tmp_path / "other", source)
@@ -195,7 +220,7 @@ def test_source_changes(how, smollm, tmp_path, monkeypatch):
                 file.write(b"x")
         return result
 
-    monkeypatch.setattr(Analysis, "rows", change)
+    monkeypatch.setattr(IsolatedAnalysis, "call", change)
     with pytest.raises(FirstLayerError, match="changed while it was read"):
         convert(source, tmp_path / "x-flp.gguf", type="q8_0")
     assert sorted(os.listdir(tmp_path)) == ([] if how == "removed" else ["x.gguf"])
@@ -263,7 +288,8 @@ def test_disk_is_checked_before_computing(llama, tmp_path, monkeypatch):
         raise AssertionError("computed before the disk was checked")
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    monkeypatch.setattr("gguf_firstlayer.runtime.Analysis.rows", must_not_run)
+    monkeypatch.setattr("gguf_firstlayer.writer._write_tables", must_not_run)
+    monkeypatch.setattr("gguf_firstlayer.auto.choose", must_not_run)
     for kind in ("q8_0", "auto"):
         with pytest.raises(FirstLayerError, match="free"):
             convert(llama, tmp_path / "x.gguf", type=kind)

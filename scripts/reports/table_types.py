@@ -12,7 +12,7 @@ from support.builds import PATCHED, ROOT
 
 from gguf_firstlayer import auto
 from gguf_firstlayer.file_format import TYPES, Measurement, fitting, layout
-from gguf_firstlayer.runtime import Analysis
+from gguf_firstlayer.runtime import Analysis, analyse
 
 DOC, PLOT = ROOT / "docs" / "types.md", ROOT / "docs" / "types.png"
 SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,7 +41,7 @@ def quantized(folder: Path, kind: str) -> Path:
 
 def study(path: Path) -> tuple[float, dict[str, float], dict[str, str], int, Measurement]:
     """For a model: floor, KLD that tables of each type add, and auto's types by site, size of tables and measurement."""
-    with Analysis(path) as analysis, auto.Effects(path, analysis) as effects:
+    with analyse(path) as analysis, auto.Effects(path, analysis) as effects:
         added = {}
         for name in TABLES:
             kinds = {site: fitting(TYPES[name], site.width) for site in analysis.sites}
