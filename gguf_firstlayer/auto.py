@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,7 +203,8 @@ class Effects:
         """Free the model."""
         self._progress.total = self._progress.n  # fewer may have been enough
         self._progress.close()
-        self._trial.call(_Trial.close)
+        with suppress(EndedError):
+            self._trial.call(_Trial.close)
 
     def __enter__(self) -> Effects:
         return self

@@ -21,8 +21,9 @@ from support.builds import ROOT
 from support.command_line import cli, refusal
 from support.models import convert, digest
 
-from gguf_firstlayer import FirstLayerError
+from gguf_firstlayer import FirstLayerError, auto
 from gguf_firstlayer.isolation import isolated
+from gguf_firstlayer.runtime import analyse
 
 if os.name != "posix":
     pytest.skip("there is none of it", allow_module_level=True)
@@ -212,6 +213,18 @@ def test_interrupted_while_measuring(smollm, tmp_path):
 
     assert interrupt(command, signal.SIGINT, measuring) == (1, "gguf-firstlayer: interrupted, nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_is_not_called_a_crash(llama):
+    """Its child process has ended by then. Fails if closing what that held says so."""
+
+    def measure():
+        with analyse(llama) as analysis, auto.Effects(llama, analysis):
+            analysis.process._end()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
