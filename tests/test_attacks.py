@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attacks.__main__ import NAMES
@@ -146,6 +148,15 @@ def test_old_parts_survive(llama, tmp_path):
     assert [(kept / f"{name}.old").read_text() for name in lost] == lost
     assert str(kept) in said
     assert all(f"{name}.old" in said for name in lost)
+
+
+def test_fuzzer_of_headers(llama_flp, tmp_path, monkeypatch):
+    """Fails if it no longer fits what it calls: then `scripts/fuzz` would find nothing but that."""
+    instrument = SimpleNamespace(instrument_imports=lambda include: contextlib.nullcontext())
+    monkeypatch.setitem(sys.modules, "atheris", instrument)
+    target = importlib.import_module("fuzz.headers").Target(llama_flp, tmp_path)
+    target(target.seed)
+    target(target.seed[:-9])
 
 
 def test_scripts_write_files(llama_flp, tmp_path):

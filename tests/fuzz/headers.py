@@ -49,7 +49,8 @@ class Target:
             if file_format.read(source)[0]:  # others are analysed in a process of their own
                 found = inspect(self.path)
                 to_json(found)
-                printable(text(found))
+                for line in text(found):
+                    printable(line)
         except FirstLayerError as err:
             str(err)
 

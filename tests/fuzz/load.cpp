@@ -1,9 +1,9 @@
 // A libFuzzer target: the firstlayer.* keys of a file, from loading to decoding. `scripts/fuzz` builds and runs it.
 //
 // An input is the number of keys (u16), the number of tables (u16), the keys and the infos of the tables as they are in a file.
-// What is around them comes from the model in FIRSTLAYER_FUZZ_MODEL. Without such keys, it runs with a row cache; always with demand.
-// With FIRSTLAYER_FUZZ_LOADS, a file that does not load is a finding. With FIRSTLAYER_FUZZ_SOURCE, the file is this model's sidecar,
-// and there is no cache.
+// What is around them comes from the model in FIRSTLAYER_FUZZ_MODEL. If that has no such keys, it runs with a row cache; always with
+// demand. With FIRSTLAYER_FUZZ_LOADS, a file that does not load is a finding. With FIRSTLAYER_FUZZ_SOURCE, the file is this model's
+// sidecar.
 
 #include "gguf.h"
 #include "llama-firstlayer.h"
@@ -169,7 +169,7 @@ void ignore(ggml_log_level /*level*/, const char * /*text*/, void * /*data*/) {}
 extern "C" int LLVMFuzzerInitialize(int * /*argc*/, char *** /*argv*/) {
     llama_log_set(ignore, nullptr);
     llama_backend_init();
-    if (!getenv("FIRSTLAYER_FUZZ_SOURCE")) {  // whose cache would take most of the time
+    if (seed().input.size() == 2 * sizeof(uint16_t)) {  // else damaged keys would mean a cache, which takes most of the time
         llama_firstlayer_set_cache(1);
     }
     llama_firstlayer_set_demand("embeddings");
