@@ -213,7 +213,7 @@ class Effects:
         self.close()
 
 
-def sample_tokens(analysis: IsolatedAnalysis) -> npt.NDArray[np.int32]:
+def sample_tokens(analysis: Analysis | IsolatedAnalysis) -> npt.NDArray[np.int32]:
     """Token ids of the built-in text, i32 [N_TOKENS]; random ones if the tokenizer finds too few distinct tokens in it."""
     tokens = analysis.tokenize(SAMPLE.read_text(encoding="utf-8"))
     if len(np.unique(tokens)) < N_TOKENS / 8:
@@ -316,6 +316,8 @@ def choose(model: Source, analysis: IsolatedAnalysis, max_kld: float) -> tuple[S
     try:
         with Effects(model.path, analysis, n_measured=2 * len(analysis.sites) + 3) as effects:
             return *search(effects, max_kld), ""
+    except EndedError:
+        raise
     except FirstLayerError as err:
         return default, None, str(err)
 

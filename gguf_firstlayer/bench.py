@@ -38,7 +38,7 @@ from gguf_firstlayer.pair import (
 )
 from gguf_firstlayer.plot import plot, plot_path, pyplot_module
 from gguf_firstlayer.resources import Resources, all_resources
-from gguf_firstlayer.runtime import Site, analyse
+from gguf_firstlayer.runtime import Analysis, Site
 from gguf_firstlayer.source import Source
 from gguf_firstlayer.text import count, numbers, progress, show, size_text
 from gguf_firstlayer.timing import (
@@ -215,7 +215,7 @@ def bench(
     if converted is not None:
         model, tables, files = open_pair(path, local(converted), pooling)
     elif cache is not None:
-        model, files = open_cached(path, parse_cache(str(cache)))
+        model, files = open_cached(path, parse_cache(str(cache)), pooling)
         tables = model
     else:
         model = tables = open_source(path)
@@ -228,7 +228,7 @@ def bench(
         raise FirstLayerError(f"the model has a context of {context_length(model)} tokens, {longest} are needed; give less")
     n_threads = threads or len(processors())
     expected = _bounds(model, tables, cache is not None, batches, contexts, demand, pooling)
-    tokens = _tokens(random_tokens, model.path)
+    tokens = isolated(partial(_tokens, random_tokens), model.path)
     if cache is not None:
         with files.open(BLOCK_TOKENS, BLOCK_TOKENS) as run:
             if run.row_cache() is None:
@@ -296,8 +296,8 @@ def _bounds(
 
 
 def _tokens(random_tokens: bool, path: Path) -> Tokens:
-    """Token ids to decode."""
-    with analyse(path) as analysis:
+    """Token ids to decode; called through `isolated`."""
+    with Analysis(path) as analysis:
         if random_tokens:
             return np.random.default_rng(0).integers(0, analysis.n_vocab, 1 << 16, np.int32)
         return sample_tokens(analysis)

@@ -89,6 +89,12 @@ class Process:
         pickle.dump(message, self._requests)
         self._requests.flush()
 
+    def _receive(self) -> object:
+        try:
+            return pickle.load(self._answers)
+        except Exception:  # there is no answer, or it is none
+            raise self._reason() from None
+
     def ask(self, index: int, function: Callable[..., object], arguments: tuple[Any, ...], keep: bool) -> object:
         """Call a function with one of the objects. Returns its result, or the number of the object that it is from then on.
 
@@ -96,9 +102,10 @@ class Process:
             FirstLayerError: as of `Isolated.call`.
         """
         try:
-            self._send((index, function, arguments, keep))
-            result = pickle.load(self._answers)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            if not self._requests.closed:
+                self._send((index, function, arguments, keep))
+            result = self._receive()
+        except OSError:
             raise self._reason() from None
         except BaseException:
             self._end()
@@ -112,13 +119,15 @@ class Process:
         return result
 
     def _reason(self) -> EndedError:
-        """Why the child has ended."""
+        """Why the child has ended, or ends now, as what it answers makes no sense."""
+        with suppress(OSError):
+            self._requests.close()
         code = self._child.wait()
         self._listener.join()
         lines = self._told.decode(errors="replace").splitlines()
-        if code == -getattr(signal, "SIGBUS", 0) or any(UNREADABLE in line for line in lines):
+        if code == _code("SIGBUS") or any(UNREADABLE in line for line in lines):
             return EndedError(f"{self._path}: {UNREADABLE}")
-        if code == -getattr(signal, "SIGKILL", 0):
+        if code == _code("SIGKILL"):
             return EndedError(f"{self._path}: the system killed llama.cpp, perhaps for lack of memory; close other programs")
         if any(line.startswith("Traceback") for line in lines):
             return EndedError(f"{self._path} cannot be analysed ({lines[-1]}); please report this")
@@ -167,6 +176,12 @@ class Isolated(Generic[T]):
         return Isolated(self.process, cast(int, self.process.ask(self.index, function, arguments, True)))
 
 
+def _code(name: str) -> int | None:
+    """The exit code of a child that a signal has ended; None where there is no such signal."""
+    number = getattr(signal, name, None)
+    return None if number is None else -number
+
+
 def serve() -> None:
     """The child's side of `Process`."""
     for number in STOPPING:
@@ -179,13 +194,13 @@ def serve() -> None:
         for index, function, arguments, keep in _requests():
             try:
                 result = function(objects[index], *arguments)
-            except (FirstLayerError, OSError, MemoryError) as err:
-                result = err
-            else:
                 if keep:
                     objects.append(result)
                     result = len(objects) - 1
-            pickle.dump(result, answers)
+                answer = pickle.dumps(result)
+            except (FirstLayerError, OSError, MemoryError) as err:
+                answer = pickle.dumps(err)
+            answers.write(answer)
             answers.flush()
 
 

@@ -94,14 +94,14 @@ def open_pair(source: Path, converted: Path, pooling: str | None = None) -> tupl
     return model, tables, files
 
 
-def open_cached(source: Path, cache: float) -> tuple[Source, Files]:
-    """A model, and the same with a row cache, see `Decoder`.
+def open_cached(source: Path, cache: float, pooling: str | None = None) -> tuple[Source, Files]:
+    """A model, and the same with a row cache, see `Decoder`; with a pooling, for embeddings.
 
     Raises:
         FirstLayerError: it cannot be read or run, or has tables instead.
     """
     model = open_source(source, "has tables, so its rows are not cached; give the original model")
-    files = Files((model,), cache)
+    files = Files((model,), cache, pooling=pooling)
     try_out(files)
     return model, files
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer.c_api import CSite, CUse, library, undisturbed
 from gguf_firstlayer.errors import FirstLayerError
-from gguf_firstlayer.isolation import Isolated, Process, isolated
+from gguf_firstlayer.isolation import EndedError, Isolated, Process, isolated
 from gguf_firstlayer.text import count
 
 
@@ -248,6 +248,8 @@ class IsolatedAnalysis(Isolated[Analysis]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(EndedError):
+            self.call(Analysis.close)  # some devices abort a process that ends with anything on them
         self.process.close()
 
 

@@ -17,7 +17,7 @@ from support.builds import PATCHED, STOCK, CachedAndDemanded, Demanded, both, ru
 from support.command_line import cli, refusal, run_tool, tool
 from support.models import convert, lora, rewrite
 
-from gguf_firstlayer import UsageError, bench, plan, verify
+from gguf_firstlayer import FirstLayerError, UsageError, bench, plan, verify
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.demand import N_TOKENS
 from gguf_firstlayer.text import to_json
@@ -299,6 +299,14 @@ def test_bench(smollm, short_blocks):
     assert embedded.cells[1].bound > plan(smollm).demand.embedding > 1.2
     if embedded.resources and "SANITIZER" not in os.environ:  # logits of 512 tokens; a sanitizer's own memory differs
         assert embedded.resources_source.peak - embedded.resources.peak > 20 << 20
+
+
+def test_bench_without_logits(archs, minilm, short_blocks):
+    """With a row cache. Fails if such a model is tried as one that has logits."""
+    options = {"demand": "embeddings", "batches": [16], "loads": 2, "seconds": 0, "resources": False}
+    assert bench(archs / "gemma-embedding-dense.gguf", cache=1, **options).cache.misses > 0
+    with pytest.raises(FirstLayerError, match="has no row cache of this size"):
+        bench(minilm, cache="auto", **options)
 
 
 def test_other_models(llama_flp, minilm, archs):

@@ -22,7 +22,7 @@ from support.builds import PATCHED, STOCK, compare, run
 from support.command_line import cli, refusal
 from support.models import convert, digest, rewrite
 
-from gguf_firstlayer import FirstLayerError
+from gguf_firstlayer import FirstLayerError, isolation
 from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.output import replacing
@@ -97,10 +97,16 @@ def test_hyperparameters_that_make_llama_cpp_abort(llama, tmp_path):
     assert "llama.cpp cannot run this model" in refusal(cli("convert", path))
 
 
-def test_a_model_that_aborts_while_it_computes(llama, llama_flp, tmp_path):
-    path = tmp_path / "x.gguf"
+def test_a_model_that_aborts_while_it_computes(llama, llama_flp, archs, tmp_path):
+    path, without_sites = tmp_path / "x.gguf", tmp_path / "y.gguf"
     negative_epsilon.forge(llama, path)
-    for arguments in ((path, "--cache", "1"), (path, "--demand", "rows"), (path, "--demand", "embeddings"), (path, llama_flp)):
+    rewrite(archs / "gpt2-dense.gguf", without_sites, lambda name, value: -1.0 if name.endswith("norm_epsilon") else value)
+    for arguments in (
+        (path, "--cache", "1"),
+        (path, llama_flp),
+        (without_sites, "--demand", "rows"),  # the analysis computes nothing of it
+        (without_sites, "--demand", "embeddings"),
+    ):
         for verb in ("verify", "bench"):
             assert "llama.cpp cannot run this model" in refusal(cli(verb, *arguments))
 
@@ -109,6 +115,8 @@ def test_a_model_that_aborts_while_it_computes(llama, llama_flp, tmp_path):
 def test_llama_cpp_aborts_during_a_conversion(function, llama, tmp_path, monkeypatch):
     """While it computes, quantizes or measures, after everything that is tried first: this process goes on."""
     monkeypatch.setattr(f"gguf_firstlayer.{function}", abort)
+    if function != "writer._table_rows":  # nothing is written before it is known
+        monkeypatch.setattr("gguf_firstlayer.writer._write_tables", None)
     with pytest.raises(FirstLayerError, match=r"llama\.cpp cannot run this model \(it crashed\)"):
         convert(llama, tmp_path / "x.gguf", type="auto")
     assert not list(tmp_path.iterdir())
@@ -244,7 +252,16 @@ def print_something(_path: Path) -> str:
     return "the result"
 
 
-def test_errors_of_a_child_process(tmp_path):
+class TooMuch:
+    def __reduce__(self):
+        raise MemoryError
+
+
+def return_too_much(_path: Path) -> TooMuch:
+    return TooMuch()
+
+
+def test_errors_of_a_child_process(tmp_path, monkeypatch):
     """Fails if they are taken for llama.cpp's, with a line of our own code as the reason."""
     with pytest.raises(FirstLayerError, match="out of memory"):
         isolated(run_out_of_memory, tmp_path)
@@ -253,6 +270,12 @@ def test_errors_of_a_child_process(tmp_path):
     with pytest.raises(FirstLayerError, match=r"cannot be analysed \(KeyError: 'of ours'\); please report this"):
         isolated(make_a_mistake, tmp_path)
     assert isolated(print_something, tmp_path) == "the result"
+    with pytest.raises(FirstLayerError, match="out of memory"):
+        isolated(return_too_much, tmp_path)
+    # something that Python runs when it starts may print
+    monkeypatch.setattr(isolation, "_CHILD", f"print('hello', flush=True)\n{isolation._CHILD}")
+    with pytest.raises(FirstLayerError, match="cannot run this model"):
+        isolated(print_something, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
