@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import subprocess
 import sys
 import tarfile
 from contextlib import AbstractContextManager
@@ -12,18 +11,13 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.builds import ROOT, STOCK
+from support.builds import STOCK
+from support.command_line import python
 from support.servers import openai_client
 
 from gguf_firstlayer import paths
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
-
-
-def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program the way a user of the package would."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
 
 
 TEXTS = """

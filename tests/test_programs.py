@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-from support.builds import ROOT
+from support.builds import PATCHED, ROOT
+from support.command_line import python
 
 PAGE = (ROOT / "docs" / "programs.md").read_text()
 
 
-def python(code: str, *arguments: object, **environment: str) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
+def output(code: str, *arguments: object, **environment: str) -> str:
+    done = python(code, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -32,7 +28,7 @@ llm = {model}, temperature=0, max_tokens=16, n_ctx=256, verbose=False)
 print(llm.invoke("The capital of France is"))
 print(gguf_firstlayer.row_cache(llm.client).misses > 4)
 """
-    *text, used = python(code, smollm).splitlines()
+    *text, used = output(code, smollm).splitlines()
     assert "Paris" in "".join(text)
     assert used == "True"
 
@@ -42,14 +38,14 @@ def test_llm(smollm_flp, tmp_path):
     command = re.search(r'    python -c "(.*)" -m gguf/model "\.\.\."\n', PAGE)
     assert command
     home = {"LLM_USER_PATH": str(tmp_path)}
-    python(command[1], "gguf", "register-model", "model", smollm_flp["q8_0"], **home)
-    text = python(command[1], "-m", "gguf/model", "Name the capital of France.", **home)
+    output(command[1], "gguf", "register-model", "model", smollm_flp["q8_0"], **home)
+    text = output(command[1], "-m", "gguf/model", "Name the capital of France.", **home)
     assert len(text.strip()) > 4
 
 
 def test_llm_finds_the_libraries_by_a_variable(smollm_flp, tmp_path):
     assert "LLAMA_CPP_LIB_PATH=$PWD/build/bin llm -m gguf/model" in PAGE
-    home = {"LLM_USER_PATH": str(tmp_path), "LLAMA_CPP_LIB_PATH": str(Path("build/bin").absolute())}
+    home = {"LLM_USER_PATH": str(tmp_path), "LLAMA_CPP_LIB_PATH": str(PATCHED)}
     command = "from llm.cli import cli; cli()"
-    python(command, "gguf", "register-model", "model", smollm_flp["q8_0"], **home)
-    assert python(command, "-m", "gguf/model", "Name the capital of France.", **home).strip()
+    output(command, "gguf", "register-model", "model", smollm_flp["q8_0"], **home)
+    assert output(command, "-m", "gguf/model", "Name the capital of France.", **home).strip()

@@ -74,3 +74,9 @@ def split(source: Path, prefix: Path, *options: str) -> list[Path]:
     command = [PATCHED / "llama-gguf-split", "--split", "--split-max-tensors", "10", *options, source, prefix]
     subprocess.run(command, check=True, capture_output=True)
     return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program the way a user of the package would."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
