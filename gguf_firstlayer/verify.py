@@ -318,7 +318,7 @@ def _check_left_out(run: Decoder) -> None:
 def _excess(scores: Scores) -> list[str]:
     """The problem that two models differ by more than batch sizes make a difference, if they do."""
     excess, error = mean_and_error(scores.klds - scores.floors)
-    if math.isfinite(excess) and excess <= CHANCE * error:
+    if math.isfinite(excess) and excess <= min(CHANCE * error, MAX_EXCESS):
         return []
     return [f"the output differs by {excess:.1e} ± {error:.1e} nats more than between batch sizes: please report this"]
 
