@@ -94,9 +94,14 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         parts = sorted(folder.iterdir(), reverse=True)  # the first part last: without it, a split model does not exist
         for part in parts:
             _sync(part)
+        targets = [output.with_name(part.name) for part in parts]
         with undisturbed(), ExitStack() as undo:
-            for part in parts:
-                _appear(part, output.with_name(part.name), force, undo, kept)
+            if force and len(parts) > 1:  # whatever happens, old and new parts are never taken for one model
+                for target in reversed(targets):
+                    _take_away(target, folder, undo, kept)
+            for part, target in zip(parts, targets, strict=True):
+                _appear(part, target, force)
+                undo.callback(target.unlink)
             undo.pop_all()
             Appeared.last = output.with_name(parts[-1].name)
             _sync(output.parent)
@@ -121,20 +126,20 @@ def _parts(output: Path) -> list[Path]:
     return sorted(path for path in output.parent.iterdir() if pattern.fullmatch(path.name))
 
 
-def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[Path]) -> None:
-    """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile.
+def _take_away(target: Path, folder: Path, undo: ExitStack, kept: list[Path]) -> None:
+    """Move a file that is to be replaced into a folder. Undoing it adds it to `kept` if it cannot be put back."""
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    old = folder / f"{target.name}.old"
+    with suppress(FileNotFoundError):
+        target.replace(old)
+        undo.callback(_put_back, old, target, kept)
 
-    Undoing it adds to `kept` the file that was replaced, if that cannot be put back.
-    """
+
+def _appear(part: Path, target: Path, force: bool) -> None:
+    """Move a file to its name; without `force`, only if nothing else has appeared there meanwhile."""
     if force:
-        old, is_new = part.with_name(f"{part.name}.old"), not os.path.lexists(target)
-        with suppress(OSError, NotImplementedError):  # where links are not possible, what is replaced cannot be kept
-            os.link(target, old, follow_symlinks=False)
         part.replace(target)
-        if is_new:
-            undo.callback(target.unlink)
-        elif os.path.lexists(old):
-            undo.callback(_put_back, old, target, kept)
         return
     try:
         os.link(part, target)  # unlike a rename, never replaces anything
@@ -145,7 +150,6 @@ def _appear(part: Path, target: Path, force: bool, undo: ExitStack, kept: list[P
             _rename_to_new(part, target)
         except FileExistsError:
             raise _exists(target) from None
-    undo.callback(target.unlink)
 
 
 def _rename_to_new(part: Path, target: Path) -> None:

@@ -55,6 +55,12 @@ def short_blocks(monkeypatch) -> None:
 
 
 @pytest.fixture
+def short_continuations(monkeypatch) -> None:
+    """Lets `verify` continue prompts by a few tokens, which takes it most of its time otherwise, for tests of other figures."""
+    monkeypatch.setattr("gguf_firstlayer.scores.GREEDY", 4)
+
+
+@pytest.fixture
 def measured(record_property) -> Callable[[str], None]:
     """Takes a line about figures that a test measured, which is printed after the results."""
     return partial(record_property, "measured")

@@ -280,7 +280,7 @@ def test_plan(smollm):
     assert cache.decode_bound == pytest.approx(before / cache.decode_bytes, rel=1e-5)
 
 
-def test_verify(smollm, llama):
+def test_verify(smollm, short_continuations):
     """Bit for bit where the kernels are the same; with evictions in the second pass."""
     result = verify(smollm, cache="auto", tokens=600)
     assert result.problems == []

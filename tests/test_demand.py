@@ -323,7 +323,7 @@ def test_other_models(llama_flp, minilm, archs):
 
 
 def test_verify_finds_what_is_wrong(llama, monkeypatch):
-    """Fails if `verify` calls other output the same; or if one wrong prompt, which makes the error of the mean wide, counts as chance."""
+    """Fails if `verify` calls other output the same; or one wrong prompt chance, as it makes the error of the mean wide."""
     last, wrong = Decoder.last, set()
 
     def replaced(run, tokens):

@@ -71,7 +71,7 @@ def test_f32_tables_change_nothing(smollm, smollm_flp):
     assert result.kld_floor > 0  # otherwise something was compared with itself
 
 
-def test_agrees_with_llama_perplexity(smollm, smollm_flp, tmp_path):
+def test_agrees_with_llama_perplexity(smollm, smollm_flp, short_continuations, tmp_path):
     tool = paths()["perplexity"]
     text = tmp_path / "text"
     text.write_text(TEXT.read_text()[:11000])
@@ -191,7 +191,7 @@ def test_wrong_rows_are_found(kind, llama, tmp_path):
     assert "such as 0" in problems[0]
 
 
-def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch, measured):
+def test_coarse_tables_are_out_of_bounds(smollm, short_continuations, tmp_path, monkeypatch, measured):
     converted = convert(smollm, tmp_path / "q4_0.gguf", type="q4_0").output
     assert verify(smollm, converted, tokens=128).problems == []  # the bound for types that the user chose is wide
     monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", 1e-4)
@@ -201,7 +201,7 @@ def test_coarse_tables_are_out_of_bounds(smollm, tmp_path, monkeypatch, measured
     measured(f"verify: q4_0 tables of SmolLM2 add {result.kld_added:.1e} ± {result.kld_added_error:.1e} nats")
 
 
-def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
+def test_verify_and_convert_tell_the_same(smollm, smollm_flp, short_continuations, tmp_path):
     """For the same file, on the built-in sample, both report the same part of the tables."""
     with analyse(smollm) as analysis:
         kinds = {site: fitting(_q8_0(), site.width) for site in analysis.sites}
@@ -213,13 +213,13 @@ def test_verify_and_convert_tell_the_same(smollm, smollm_flp, tmp_path):
     assert "254 tokens scored, of 512 of the built-in sample" in verify_summary(found)
 
 
-def test_verdict_follows_from_the_figures(smollm, smollm_flp, monkeypatch):
+def test_verdict_follows_from_the_figures(smollm, smollm_flp, short_continuations, monkeypatch):
     """The printed figure and its error are within the printed bound, or the verdict says that they are not."""
-    first = verify(smollm, smollm_flp["q8_0"], tokens=300)
+    first = verify(smollm, smollm_flp["q8_0"], tokens=128)
     figure = first.kld_added + first.kld_added_error
     for factor, within in ((1.01, True), (0.99, False)):
         monkeypatch.setattr(sys.modules["gguf_firstlayer.verify"], "MAX_KLD", factor * figure)
-        result = verify(smollm, smollm_flp["q8_0"], tokens=300)
+        result = verify(smollm, smollm_flp["q8_0"], tokens=128)
         assert verify_summary(result)[-1] == ("within bounds" if within else "outside of bounds")
         assert bool(result.problems) != within
 

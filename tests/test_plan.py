@@ -326,21 +326,13 @@ def test_growth_in_percent(archs, tmp_path):
 
 
 def test_growth_is_announced(smollm, tmp_path):
-    """The growth is announced before anything is measured, and the file grows by as much."""
+    """The file grows by what is announced."""
     output = tmp_path / "x.gguf"
     done = cli("convert", smollm, "-o", output, "--type", "q8_0")
     assert done.returncode == 0
     assert done.stderr.startswith("x.gguf: size +47.5 MiB (+51%); at best 1.004 times as fast in decoding")
     assert "smaller with --max-growth or --type" in done.stderr.splitlines()[0]
     assert (output.stat().st_size - smollm.stat().st_size) / 2**20 == pytest.approx(47.5, abs=0.1)
-
-    done = cli("convert", smollm, "-o", tmp_path / "y.gguf")
-    announced, measuring, _ = done.stderr.splitlines()
-    match = re.fullmatch(r"y.gguf: size \+([\d.]+) MiB .* to \+([\d.]+) MiB .*, with q8_0 tables \+47.5 MiB .*", announced)
-    assert match, announced
-    assert measuring.startswith("measuring on 512 tokens: ")
-    grown = ((tmp_path / "y.gguf").stat().st_size - smollm.stat().st_size) / 2**20
-    assert float(match[1]) <= grown <= float(match[2]) + 0.1
     assert "The file would grow a lot" in cli("plan", smollm).stdout
 
 

@@ -170,6 +170,32 @@ sys.exit(__main__.main(["convert", *sys.argv[1:]]))
     assert (tmp_path / "x.gguf").read_bytes() == convert(llama, tmp_path / "y.gguf", type="q8_0").output.read_bytes()
 
 
+def test_killed_between_parts(llama, tmp_path):
+    """Fails if parts of the old output and of the new one are left as one model."""
+    code = """
+import os, signal, sys
+from gguf_firstlayer import __main__, output
+appear, done = output._appear, []
+def killed(*arguments):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(appear(*arguments))
+output._appear = killed
+sys.exit(__main__.main(["convert", *sys.argv[1:]]))
+"""
+    options = ["-o", tmp_path / "x.gguf", "--type", "f32", "--split-max-size", "1M"]
+    assert cli("convert", llama, *options).returncode == 0
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in whole:
+        path.write_text("old")
+    done = subprocess.run([sys.executable, "-c", code, llama, *options, "--force"], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len([path for path in tmp_path.glob("x-*") if path.read_bytes() == whole[path]]) == 1
+    assert not (tmp_path / min(whole)).exists()
+    assert cli("convert", llama, *options, "--force").returncode == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == whole
+
+
 def test_interrupted_when_the_folder_is_made(llama, tmp_path):
     """Fails if the folder stays."""
     code = """

@@ -116,7 +116,7 @@ def test_unreachable_weights_are_not_loaded(tmp_path):
     assert plain - without > 0.8 * elided
 
 
-def test_verify_and_bench(smollm, sidecar, short_blocks):
+def test_verify_and_bench(smollm, sidecar, short_blocks, short_continuations):
     found = verify(smollm, sidecar, tokens=64)
     assert not found.problems
     assert found.logit_max == 0

@@ -173,9 +173,16 @@ def test_cheapest_is_the_best():
 
 
 def test_auto_is_the_default(smollm, tmp_path):
-    """Types are chosen by measurement, and the file records it."""
+    """Types are chosen by measurement, and the file records it. The growth is announced before anything is measured."""
     output = tmp_path / "x.gguf"
-    report = json.loads(cli("convert", smollm, "-o", output, "--json").stdout)
+    done = cli("convert", smollm, "-o", output, "--json")
+    announced, measuring, _ = done.stderr.splitlines()
+    match = re.fullmatch(r"x.gguf: size \+([\d.]+) MiB .* to \+([\d.]+) MiB .*, with q8_0 tables \+47.5 MiB .*", announced)
+    assert match, announced
+    assert measuring.startswith("measuring on 512 tokens: ")
+    grown = (output.stat().st_size - smollm.stat().st_size) / 2**20
+    assert float(match[1]) <= grown <= float(match[2]) + 0.1
+    report = json.loads(done.stdout)
     assert report["measurement"]["max_kld"] == 1e-4
     assert report["measurement"]["kld_tables"] + report["measurement"]["kld_tables_error"] <= 1e-4
     assert sum(table["rows"] * table["width"] for table in report["tables"]) == 960 * 49152

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 from support.builds import preload
@@ -43,10 +44,10 @@ def shim(folder: Path) -> Path:
 
 
 class Bench:
-    """Commands that write a file, and what they write when nothing fails."""
+    """Commands that write a file, or a split model, and what they write when nothing fails."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.library = folder / "work", shim(folder)
+        self.folder = folder / "work"
         self.folder.mkdir()
         write_archs(folder)
         self.source = Path(shutil.move(folder / "llama-dense.gguf", self.folder / "x.gguf"))
@@ -57,18 +58,40 @@ class Bench:
             "x-flp.gguf": convert,
             "x_firstlayer.gguf": [*convert, "--sidecar"],
             "y.gguf": ["revert", kept, "-o", self.folder / "y.gguf"],
+            "parts": [*convert, "--split-max-size", "1M", "-o", self.folder / "z.gguf"],
         }
-        self.before, self.whole = self.source.read_bytes(), {}
+        self.before, self.whole = self.source.read_bytes(), dict[str, dict[str, bytes]]()
         for output, command in self.commands.items():
             assert cli(*command).returncode == 0
-            self.whole[output] = (self.folder / output).read_bytes()
-            (self.folder / output).unlink()
+            self.whole[output] = self.outputs()
+            self.clear()
+
+    @cached_property
+    def library(self) -> Path:
+        return shim(self.folder.parent)
+
+    def outputs(self) -> dict[str, bytes]:
+        """The files in the folder beside the source."""
+        return {path.name: path.read_bytes() for path in self.folder.glob("[!.]*") if path != self.source}
+
+    def kept(self) -> dict[str, bytes]:
+        """What could not be put back, as a sentence tells."""
+        return {path.stem: path.read_bytes() for path in self.folder.glob(".*/*.old")}
+
+    def replaced(self, output: str) -> dict[str, bytes]:
+        """Files that `--force` replaces, which are written."""
+        for name in self.whole[output]:
+            (self.folder / name).write_bytes(b"precious")
+        return dict.fromkeys(self.whole[output], b"precious")
+
+    def clear(self) -> None:
+        for name in self.outputs():
+            (self.folder / name).unlink()
 
     def attack(self, output: str, function: str, n: int, error: int, replace: bool) -> tuple[bool, str]:
         """Run a command whose n-th call of a function fails, and those after it. Returns whether one did, and what is wrong."""
-        path, fired = self.folder / output, self.folder.parent / "fired"
-        if replace:
-            path.write_bytes(b"precious")
+        fired = self.folder.parent / "fired"
+        old = self.replaced(output) if replace else {}
         environment = os.environ | {
             **preload(self.library),
             "FAULT": f"{function}:{n}:{error}",
@@ -80,8 +103,10 @@ class Bench:
         fired.unlink(missing_ok=True)
 
         wrong = []
-        content = path.read_bytes() if path.exists() else b""
-        if content not in (self.whole[output], b"precious" if replace else b""):
+        found, kept = self.outputs(), self.kept()
+        if kept and "could not be put back" not in done.stderr:
+            wrong.append("nothing is said about what was taken away")
+        if found | kept not in (self.whole[output], old):
             wrong.append("the output is neither as before nor whole")
         if self.source.read_bytes() != self.before:
             wrong.append("the source changed")
@@ -89,12 +114,13 @@ class Bench:
             wrong.append(f"exit code {done.returncode}: {done.stderr[-300:]}")
         if done.returncode == 1 and not done.stderr.splitlines()[-1].startswith("gguf-firstlayer: "):
             wrong.append(f"no sentence: {done.stderr[-300:]}")
-        if done.returncode == 0 and content != self.whole[output]:
+        if done.returncode == 0 and found != self.whole[output]:
             wrong.append("it says that it succeeded")
-        path.unlink(missing_ok=True)
-        if cli(*self.commands[output]).returncode != 0 or sorted(os.listdir(self.folder)) != sorted([output, self.source.name]):
+        self.clear()
+        whole = {*self.whole[output], self.source.name}
+        if cli(*self.commands[output]).returncode != 0 or set(os.listdir(self.folder)) != whole:
             wrong.append(f"the next run leaves {sorted(os.listdir(self.folder))}")
-        path.unlink(missing_ok=True)
+        self.clear()
         return has_fired, "; ".join(wrong)
 
 
