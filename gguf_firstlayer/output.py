@@ -114,7 +114,10 @@ def replacing(output: Path, force: bool) -> Iterator[Path]:
         where = f"; what it was to replace could not be put back, and is in {folder}: {names}" if kept else ""
         raise FirstLayerError(f"{output} cannot be written: {err.strerror or err}{where}") from err
     finally:
-        if folder is not None and not kept:
+        if folder is not None and kept:
+            with suppress(OSError):
+                (folder / "kept").touch()  # so that the next run does not take the folder for abandoned
+        elif folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)

@@ -151,6 +151,8 @@ def test_old_parts_survive(llama, tmp_path):
     assert [(kept / f"{name}.old").read_text() for name in lost] == lost
     assert str(kept) in said
     assert all(f"{name}.old" in said for name in lost)
+    assert cli(*command, "--force").returncode == 0
+    assert [(kept / f"{name}.old").read_text() for name in lost] == lost
 
 
 def test_fuzzer_of_headers(llama_flp, tmp_path, monkeypatch):

@@ -117,6 +117,8 @@ class Bench:
         if done.returncode == 0 and found != self.whole[output]:
             wrong.append("it says that it succeeded")
         self.clear()
+        for mark in self.folder.glob(".*/kept"):
+            shutil.rmtree(mark.parent)
         whole = {*self.whole[output], self.source.name}
         if cli(*self.commands[output]).returncode != 0 or set(os.listdir(self.folder)) != whole:
             wrong.append(f"the next run leaves {sorted(os.listdir(self.folder))}")
