@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from support.builds import ROOT
 from support.command_line import cli, refusal
+from support.hub import hub
 from support.models import convert, digest
 
 from gguf_firstlayer import FirstLayerError, auto
@@ -351,6 +352,18 @@ def test_a_table_at_a_narrow_terminal(llama, smollm):
         (line,) = (line for line in seen.splitlines() if name.name in line)
         assert len(re.findall(r"\d\.\d{4}x", line)) == 8
     assert "…" not in seen
+
+
+@pytest.mark.parametrize("source", ["hf:user/x", "URL"])
+def test_a_download_at_a_terminal(source, smollm, tmp_path, monkeypatch):
+    """Fails if a download of gigabytes is silent."""
+    with hub({"smollm-Q4_1.gguf": smollm}) as server:
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        name = source.replace("URL", f"{server.elsewhere}smollm-Q4_1.gguf")
+        seen = at_a_terminal("inspect", name, columns=100)
+    assert re.search(r"smollm-Q4_1.gguf: 100%\|.*\| 98.4M/98.4M \[", seen)
+    assert "not converted" in seen
 
 
 def test_bars_at_a_terminal(llama, tmp_path):
