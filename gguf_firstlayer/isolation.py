@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
@@ -163,17 +164,17 @@ class Isolated(Generic[T]):
     def __init__(self, process: Process, index: int) -> None:
         self.process, self.index = process, index
 
-    def call(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **_: P.kwargs) -> U:
+    def call(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **named: P.kwargs) -> U:
         """Call a function of this package with the object, and others that can be pickled. Returns its result, likewise.
 
         Raises:
             FirstLayerError: the function raises it, an OSError or a MemoryError, or llama.cpp aborts: then it is `EndedError`.
         """
-        return cast(U, self.process.ask(self.index, function, arguments, False))
+        return cast(U, self.process.ask(self.index, partial(function, **named), arguments, False))
 
-    def make(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **_: P.kwargs) -> Isolated[U]:
+    def make(self, function: Callable[Concatenate[T, P], U], *arguments: P.args, **named: P.kwargs) -> Isolated[U]:
         """The same, but its result stays in the child process."""
-        return Isolated(self.process, cast(int, self.process.ask(self.index, function, arguments, True)))
+        return Isolated(self.process, cast(int, self.process.ask(self.index, partial(function, **named), arguments, True)))
 
 
 def _code(name: str) -> int | None:

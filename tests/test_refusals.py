@@ -278,6 +278,13 @@ def test_errors_of_a_child_process(tmp_path, monkeypatch):
         isolated(print_something, tmp_path)
 
 
+def test_keywords_of_an_isolated_call(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"\xe9")
+    with isolation.Process(path) as process:
+        assert isolation.Isolated(process, 0).call(Path.read_text, encoding="latin-1") == "\u00e9"
+
+
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
 def test_what_is_no_model(kind, llama, tmp_path):
     """It comes with models, in files of the same format."""
