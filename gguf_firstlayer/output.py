@@ -131,7 +131,7 @@ def _parts(output: Path) -> list[Path]:
 
 def _take_away(target: Path, folder: Path, undo: ExitStack, kept: list[Path]) -> None:
     """Move a file that is to be replaced into a folder. Undoing it adds it to `kept` if it cannot be put back."""
-    if target.is_dir() and not target.is_symlink():
+    if target.is_dir() and not target.is_symlink():  # it would be removed, with what is in it
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     old = folder / f"{target.name}.old"
     with suppress(FileNotFoundError):
