@@ -22,7 +22,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from gguf_firstlayer import convert, installation
+from gguf_firstlayer import convert, installation, isolation
 from gguf_firstlayer.c_api import CSite
 
 GGML_MAX_SRC = 10
@@ -368,6 +368,9 @@ def converted_on(job):
     folder = tempfile.mkdtemp()
     os.symlink(os.environ["LLAMA_CPP_LIB_PATH"], os.path.join(folder, "bin"))
     installation.PACKAGE = Path(folder)
+    # in the process of the analysis, too
+    code = f"import pathlib; from gguf_firstlayer import installation; installation.PACKAGE = pathlib.Path({folder!r})\n"
+    isolation._CHILD = isolation._CHILD.replace("from gguf_firstlayer.", f"{code}from gguf_firstlayer.", 1)
     convert(job["model"], job["output"], type="f32", device=job["device"])
 
 
