@@ -56,7 +56,7 @@ def short_blocks(monkeypatch) -> None:
 
 @pytest.fixture
 def short_continuations(monkeypatch) -> None:
-    """Lets `verify` continue prompts by a few tokens, which takes it most of its time otherwise, for tests of other figures."""
+    """Lets `verify` continue prompts by a few tokens, which takes much of its time otherwise, for tests of other figures."""
     monkeypatch.setattr("gguf_firstlayer.scores.GREEDY", 4)
 
 
