@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -275,6 +276,7 @@ def _verify_demand(path: Path, demand: str, pooling: str | None, text: str | Non
     with analyse(model.path) as analysis:
         ids, begin = _text_tokens(analysis, text, tokens)
     if demand == ROWS and isolated(_gives_no_logits, model.path):
+        isolated(partial(saved, 2, 0, own_pooling(model)), model.path)  # some give no embeddings either
         raise FirstLayerError(f"{path} gives no logits; use {option('demand', EMBEDDINGS)}")
     longest = _chunk(model, analysis, ids)
     found = Verification(model.path, model.path, problems, sample=text is None, tokens=len(ids), demand=demand)

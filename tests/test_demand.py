@@ -316,6 +316,7 @@ def test_other_models(llama_flp, minilm, archs):
         both = cli(verb, archs / "t5-dense.gguf", "--demand", "embeddings", *options)
         assert "llama.cpp encodes and decodes with" in refusal(both) or "cannot run on its own" in refusal(both)
     assert "gives no logits; use --demand embeddings" in refusal(cli("verify", minilm, "--demand", "rows"))
+    assert "llama.cpp encodes and decodes with" in refusal(cli("verify", archs / "t5-dense.gguf", "--demand", "rows"))
     for option in (["--all"], ["--max-kld", 1]):
         assert "are for converted files" in refusal(cli("verify", minilm, "--demand", "embeddings", *option))
     assert "nothing was left out" in refusal(cli("verify", minilm, "--demand", "embeddings"))  # its pooling is the mean
