@@ -25,7 +25,7 @@ from support.models import convert, digest, rewrite
 from gguf_firstlayer import FirstLayerError, isolation
 from gguf_firstlayer.file_format import Measurement
 from gguf_firstlayer.isolation import isolated
-from gguf_firstlayer.output import replacing
+from gguf_firstlayer.output import _appear, replacing
 from gguf_firstlayer.runtime import IsolatedAnalysis
 from gguf_firstlayer.writer import _table_rows
 
@@ -180,22 +180,41 @@ def test_old_parts_that_stay(llama, tmp_path):
         assert said or "still there" not in done.stderr
 
 
+def write_parts(folder: Path, names: list[str]) -> None:
+    """A split model that replaces others."""
+    with replacing(folder / "x.gguf", force=True) as temporary:
+        for name in names:
+            temporary.with_name(name).write_text("ours")
+
+
 def test_old_parts_come_back(tmp_path):
-    """If the first part, which comes last, cannot be written. Fails if the second one stays, of another model."""
+    """If a folder has the name of the first part. Fails if it is removed, or the second part is another model's."""
     names = [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     first, second, _third = names
-
-    def write() -> None:
-        with replacing(tmp_path / "x.gguf", force=True) as temporary:
-            for name in names:
-                temporary.with_name(name).write_text("ours")
-
     (tmp_path / first).mkdir()
     (tmp_path / second).write_text("precious")
     with pytest.raises(FirstLayerError, match="cannot be written"):
-        write()
+        write_parts(tmp_path, names)
     assert sorted(os.listdir(tmp_path)) == [first, second]
     assert (tmp_path / second).read_text() == "precious"
+
+
+def test_old_parts_come_back_when_new_ones_are_there(tmp_path, monkeypatch):
+    """Fails if the error leaves a new part, or takes an old one with it."""
+    names = [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+    def refuse_the_first(part: Path, target: Path, force: bool) -> None:
+        if target.name == names[0]:
+            raise PermissionError
+        _appear(part, target, force)
+
+    monkeypatch.setattr("gguf_firstlayer.output._appear", refuse_the_first)
+    for name in names[:2]:
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(FirstLayerError, match="cannot be written"):
+        write_parts(tmp_path, names)
+    assert sorted(os.listdir(tmp_path)) == names[:2]
+    assert [(tmp_path / name).read_text() for name in names[:2]] == ["precious"] * 2
 
 
 # Windows does not let files that are open change so
