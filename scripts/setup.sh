@@ -59,7 +59,9 @@ build_llama() {
         echo "Building llama.cpp in $folder: some 10 minutes on two cores, once" >&2
     fi
     # ThreadSanitizer does not understand OpenMP's barriers
-    case ${SANITIZER:-} in *libtsan*) set -- -DGGML_OPENMP=OFF "$@" ;; esac
+    case ${SANITIZER:-} in *libtsan*)
+        set -- -DGGML_OPENMP=OFF "-DCMAKE_PROJECT_ggml_INCLUDE=$PWD/cmake/plain-kernels.cmake" "$@" ;;
+    esac
     mkdir -p "$folder"
     local log=$folder/setup.log
     # shellcheck disable=SC2086
@@ -88,8 +90,8 @@ run_sanitized() {
     # without assertions, as in a release: ggml's stop at the first NaN
     flags="-O1 -g1 -DNDEBUG $flags"
     export CFLAGS=$flags CXXFLAGS=$flags CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-    # the process that forks for each job of the tests has threads, numpy's
-    export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0 suppressions=$PWD/scripts/races.supp"
+    # the process that forks for each job of the tests has threads, numpy's; what Python and numpy copy is theirs
+    export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0 ignore_noninstrumented_modules=1 suppressions=$PWD/scripts/races.supp"
     # Python is not built with a sanitizer, so its library must come first
     SANITIZER="$(cc -print-file-name=$library) $(cc -print-file-name=libstdc++.so)" exec "$folder/$script" "${@:3}"
 }
