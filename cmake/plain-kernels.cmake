@@ -1,5 +1,5 @@
 # Included by ggml in builds with ThreadSanitizer (scripts/setup.sh), which would spend nearly all of its time in ggml's arithmetic.
-# What shares work among threads, ggml-cpu.c, stays instrumented, as do all of llama.cpp and of ours.
+# What shares work among threads, ggml-cpu.c, stays instrumented, as do all of llama.cpp and of ours. Needs CMake 3.19.
 
 function(leave_kernels_plain)
     file(GLOB_RECURSE kernels ${CMAKE_CURRENT_SOURCE_DIR}/src/ggml-cpu/*.c ${CMAKE_CURRENT_SOURCE_DIR}/src/ggml-cpu/*.cpp)
