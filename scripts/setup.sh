@@ -89,9 +89,11 @@ run_sanitized() {
     git -C $folder pull --quiet
     # without assertions, as in a release: ggml's stop at the first NaN
     flags="-O1 -g1 -DNDEBUG $flags"
-    export CFLAGS=$flags CXXFLAGS=$flags CMAKE_BUILD_TYPE=None ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+    export CFLAGS=$flags CXXFLAGS=$flags CMAKE_BUILD_TYPE=None UBSAN_OPTIONS=print_stacktrace=1
+    # SIGBUS must end a process, as it does without a sanitizer: it tells that a file became shorter
+    export ASAN_OPTIONS="detect_leaks=0 handle_sigbus=0"
     # the process that forks for each job of the tests has threads, numpy's; what Python and numpy copy is theirs
-    export TSAN_OPTIONS="halt_on_error=1 die_after_fork=0 ignore_noninstrumented_modules=1 suppressions=$PWD/scripts/races.supp"
+    export TSAN_OPTIONS="handle_sigbus=0 halt_on_error=1 die_after_fork=0 ignore_noninstrumented_modules=1 suppressions=$PWD/scripts/races.supp"
     # Python is not built with a sanitizer, so its library must come first
     SANITIZER="$(cc -print-file-name=$library) $(cc -print-file-name=libstdc++.so)" exec "$folder/$script" "${@:3}"
 }
