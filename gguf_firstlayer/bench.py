@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_firstlayer import file_format
 from gguf_firstlayer.auto import sample_tokens
-from gguf_firstlayer.c_api import RowCache
+from gguf_firstlayer.c_api import RowCache, processors
 from gguf_firstlayer.cost import of_file
 from gguf_firstlayer.demand import EMBEDDINGS, HELP, POOLINGS, check_demand, own_pooling, saved
 from gguf_firstlayer.errors import Caller, FirstLayerError, UsageError, option
@@ -52,7 +52,6 @@ from gguf_firstlayer.timing import (
     fill,
     pinning,
     place_anew,
-    processors,
     ratio,
     take_turns,
 )

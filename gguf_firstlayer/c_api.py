@@ -330,7 +330,7 @@ class Library:
             )
             return bool(self.ggml.ggml_validate_row_data(int(ggml_type), target.ctypes.data, target.nbytes))
 
-        n_threads = os.cpu_count() or 1
+        n_threads = len(processors())
         ends = [n * i // n_threads for i in range(n_threads + 1)]
         valid = block == 1 or bool((np.abs(rows) <= MAX_QUANTIZED).all())
         with undisturbed(), ThreadPoolExecutor(n_threads) as pool:
@@ -340,6 +340,11 @@ class Library:
                 f"the first layer has values that {ggml_type.name.lower()} cannot hold; convert with a wider type, like f32"
             )
         return out
+
+
+def processors() -> list[int]:
+    """The processors that this process may use; each -1 where the system does not report their numbers."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_firstlayer import file_format
-from gguf_firstlayer.c_api import RowCache, library, read_row_cache, undisturbed
+from gguf_firstlayer.c_api import RowCache, library, processors, read_row_cache, undisturbed
 from gguf_firstlayer.demand import pooling_number
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.runtime import Analysis
@@ -36,7 +36,7 @@ class Decoder:
         path: of the model
         n_ctx: tokens of the text
         n_batch: maximum number of tokens per batch
-        n_threads: 0 for one per processor
+        n_threads: 0 for one per processor that this process may use
         constants: for a converted model: sites come from constants instead of lookups, and the output is wrong
         tables: sidecar with the model's tables
         cache: MiB for a row cache, if the model has no tables; negative for as much as it chooses itself
@@ -67,6 +67,7 @@ class Decoder:
         self._library, self.path, self.n_batch = library(), path, n_batch
         self._library.errors.clear()
         analysis = _rows_of.handle if _rows_of else None
+        n_threads = n_threads or len(processors())
         with undisturbed(), self._library.loading(tables, cache, demand):
             self.handle = self._library.llama.llama_firstlayer_run_init(
                 os.fsencode(path), n_ctx, n_batch, n_threads, constants, pooling_number(pooling), analysis

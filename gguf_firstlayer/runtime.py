@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from gguf_firstlayer.c_api import CSite, CUse, library, undisturbed
+from gguf_firstlayer.c_api import CSite, CUse, library, processors, undisturbed
 from gguf_firstlayer.errors import FirstLayerError
 from gguf_firstlayer.isolation import EndedError, Isolated, Process, isolated
 from gguf_firstlayer.text import count
@@ -98,15 +98,16 @@ class Analysis:
     ) -> None:
         self._library = library()
         self._library.errors.clear()
+        n_threads = len(processors())
         with undisturbed():
             if for_cache:
                 self.handle = self._library.llama.llama_firstlayer_init_for_cache(os.fsencode(path), n_batch)
             elif device is not None:
                 self.handle = self._library.llama.llama_firstlayer_init_on(
-                    os.fsencode(path), device.encode(), n_batch, 0, load_vocab
+                    os.fsencode(path), device.encode(), n_batch, n_threads, load_vocab
                 )
             else:
-                self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, 0, load_vocab)
+                self.handle = self._library.llama.llama_firstlayer_init(os.fsencode(path), n_batch, n_threads, load_vocab)
         if not self.handle:
             raise FirstLayerError(f"{path}: {self._library.error()}")
 

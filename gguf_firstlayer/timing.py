@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gguf_firstlayer.c_api import processors
 from gguf_firstlayer.decoder import Decoder
 from gguf_firstlayer.source import Source
 
@@ -64,11 +65,6 @@ class Ratio:
     value: float
     low: float
     high: float
-
-
-def processors() -> list[int]:
-    """The processors that this process may use; each -1 where the system does not report their numbers."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1] * (os.cpu_count() or 1)
 
 
 def _ticks() -> dict[int, int]:

@@ -23,6 +23,7 @@ from support.hub import hub
 from support.models import convert, digest
 
 from gguf_firstlayer import FirstLayerError, auto
+from gguf_firstlayer.c_api import processors
 from gguf_firstlayer.isolation import isolated
 from gguf_firstlayer.runtime import analyse
 
@@ -73,6 +74,27 @@ def test_source_is_truncated_while_llama_cpp_reads_it(llama, tmp_path):
     """The child process in which it reads is ended by the signal. Fails if that is told as a crash of llama.cpp."""
     with pytest.raises(FirstLayerError, match=r"x\.gguf: a file could not be read to its end"):
         isolated(read_what_is_gone, Path(shutil.copy(llama, tmp_path / "x.gguf")))
+
+
+ON_ONE_PROCESSOR = """
+import os, sys
+from pathlib import Path
+from gguf_firstlayer.decoder import Decoder
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+with Decoder(Path(sys.argv[1]), 64) as run:
+    list(run.decode(range(32)))
+    print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for threads")
+@pytest.mark.skipif(len(processors()) < 2, reason="needs two processors")
+def test_processors_of_others_are_not_counted(llama):
+    """Threads of ggml wait for each other busily. Fails if there are more than the processors that a container gives them."""
+    done = subprocess.run([sys.executable, "-c", ON_ONE_PROCESSOR, llama], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def kill(_path: Path) -> None:
