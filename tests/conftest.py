@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,16 @@ from pathlib import Path
 import pytest
 from support.builds import ROOT
 from support.models import convert, write_archs
+
+from gguf_firstlayer.c_api import processors
+
+
+def pytest_configure() -> None:
+    """One processor for each worker under ThreadSanitizer: there, ggml's threads that wait for each other take minutes."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and "libtsan" in os.environ.get("SANITIZER", ""):
+        allowed = processors()
+        os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_transcript(pythia, monkeypatch):
 
     def form(lines: list[str]) -> list[str]:
         text = re.sub(VERDICTS, "VERDICT", "\n".join(lines))
-        text = re.sub(r", \d+% of its gain realised", "", text)
+        text = re.sub(r", \d+% of its gain realised", "", text).replace("1 thread,", "1 threads,")
         bounds = re.findall(r"bound by the plan [\d.]+", text)
         return [
             *re.sub(r"-?\d[\d,]*(\.\d+)?", "N", text).replace("not pinned", "each on a processor of its own").splitlines(),
