@@ -142,6 +142,7 @@ def main() -> int:
                             n, n_wrong = n + 1, n_wrong + bool(wrong)
                             if wrong:
                                 print(f"{output}, {function} {n - 1}, {os.strerror(error)}, {replace=}: {wrong}", flush=True)
+    n_faults["link"] += n_faults.pop("linkat")  # Python calls the one or the other
     never = [function for function, n in n_faults.items() if n == 0]
     print(f"{sum(n_faults.values())} faults, {n_wrong} wrong; calls that were never made: {never}")
     return n_wrong + len(never)
